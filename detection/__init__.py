@@ -1,0 +1,1 @@
+"""Faster R-CNN and everything around it; imports resbackbone, never the reverse."""

@@ -1,0 +1,122 @@
+"""From a config to a detector: the one place where settings become modules. Channels, strides and anchors follow from the backbone."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from detection.anchors import anchor_grid
+from detection.config import DetectionConfig, ModelConfig
+from detection.faster_rcnn import FasterRCNN
+from detection.mask_head import MaskHead
+from detection.pooling import RegionPooler
+from detection.preprocess import Preprocess
+from detection.roi_head import RoIHead, TwoFCHead
+from detection.rpn import Limits, ProposalNetwork
+from resbackbone.backbone import Backbone, FeatureInfo, Preprocessing
+from resbackbone.errors import InputError
+from resbackbone.fpn import FeaturePyramid
+from resbackbone.registry import create_backbone
+
+# Boxes by score before NMS. On one map Ren et al. 2015's code takes 12000 and 6000; a pyramid takes these of each level (Lin et al. 2017).
+CANDIDATES = {"c4": (12000, 6000), "dc5": (12000, 6000), "fpn": (2000, 1000)}
+REGIONS_PER_PASS = 300  # conv5_x on more regions at a time needs gigabytes
+
+
+def build_detector(
+    config: DetectionConfig, num_classes: int, *, initial_weights: bool = True, preprocessing: Preprocessing | None = None
+) -> FasterRCNN:
+    """A Faster R-CNN for `num_classes` foreground classes, as `config.model` describes it.
+
+    initial_weights=False: the backbone's weights are not read, since a whole detector's will be loaded over them; `preprocessing` is
+    then the one those came with.
+    """
+    model = config.model
+    backbone = _backbone(model, initial_weights)
+    trunk, box_head, pool_size = _HEADS[model.head](backbone, model)
+    levels = {name: trunk.feature_info[name] for name in trunk.out_features}
+    candidates_train, candidates_test = CANDIDATES[model.head]
+    rpn = ProposalNetwork(
+        next(iter(levels.values())).channels,
+        anchor_grid(levels, sizes=model.anchor_sizes),
+        train_limits=Limits(candidates=candidates_train, proposals=model.roi.proposals_train),
+        test_limits=Limits(candidates=candidates_test, proposals=model.roi.proposals_test),
+    )
+    pooled_levels = _pooled(levels)
+    runs_conv5 = not isinstance(box_head, TwoFCHead)
+    roi_head = RoIHead(
+        RegionPooler(pooled_levels, op=model.roi.op, output_size=pool_size),
+        box_head,
+        num_classes=num_classes,
+        samples=model.roi.samples or (128 if runs_conv5 else 512),
+        score_threshold=model.test.score_threshold,
+        nms_iou=model.test.nms,
+        detections=model.test.detections,
+        regions_per_pass=REGIONS_PER_PASS if runs_conv5 else None,
+    )
+    return FasterRCNN(
+        trunk,
+        rpn,
+        roi_head,
+        Preprocess(preprocessing or backbone.preprocessing, divisor=32),
+        mask_head=_mask_head(model, pooled_levels, num_classes),
+    )
+
+
+def _backbone(model: ModelConfig, initial_weights: bool) -> Backbone:
+    spec = model.backbone
+    return create_backbone(
+        spec.name,
+        weights=spec.weights if initial_weights else None,
+        variant=spec.variant,
+        norm=spec.norm,
+        norm_eps=spec.norm_eps,
+        freeze_at=spec.freeze_at,
+        output_stride=16 if model.head == "dc5" else 32,
+        dilation_rule=spec.dilation_rule,
+        checkpointing=spec.checkpointing,
+        allow_random_frozen=not initial_weights,
+    )
+
+
+def _c4(backbone: Backbone, model: ModelConfig) -> tuple[Backbone, nn.Module, int]:
+    """The paper's (appendix A): conv1 … conv4_x shared, conv5_x on each region; VGG-16's own: fc6 and fc7 on each region."""
+    if not backbone.region_head_available():
+        return _single_map(backbone, model)
+    head = backbone.split_region_head()
+    return backbone, head, model.roi.pool_size or head.pool_size
+
+
+def _single_map(backbone: Backbone, model: ModelConfig) -> tuple[Backbone, nn.Module, int]:
+    """The deepest map of stride 16, with two FC layers on each region: DC5, and C4 where a backbone has no stage to run on regions."""
+    of_stride_16 = [name for name, info in backbone.feature_info.items() if info.stride == 16]
+    if not of_stride_16:
+        strides = {name: info.stride for name, info in backbone.feature_info.items()}
+        raise InputError(f"model.head={model.head} needs a feature map of stride 16; {model.backbone.name} has {strides}. Use model.head=fpn")
+    backbone.out_features = (of_stride_16[-1],)
+    backbone.trim()
+    pool_size = model.roi.pool_size or 7
+    channels = backbone.feature_info[of_stride_16[-1]].channels
+    return backbone, TwoFCHead(channels, pool_size, width=model.roi.head_width), pool_size
+
+
+def _fpn(backbone: Backbone, model: ModelConfig) -> tuple[FeaturePyramid, nn.Module, int]:
+    """Feature pyramid (Lin et al. 2017): p2 … p6 for proposals, p2 … p5 for regions."""
+    pyramid = FeaturePyramid(backbone)
+    pool_size = model.roi.pool_size or 7
+    channels = next(iter(pyramid.feature_info.values())).channels
+    return pyramid, TwoFCHead(channels, pool_size, width=model.roi.head_width), pool_size
+
+
+_HEADS = {"c4": _c4, "dc5": _single_map, "fpn": _fpn}
+
+
+def _pooled(levels: dict[str, FeatureInfo]) -> dict[str, FeatureInfo]:
+    """The levels regions are pooled from: all but the pyramid's extra one, which only proposes."""
+    return levels if len(levels) == 1 else dict(list(levels.items())[:-1])
+
+
+def _mask_head(model: ModelConfig, levels: dict[str, FeatureInfo], num_classes: int) -> MaskHead | None:
+    if not model.mask:
+        return None
+    channels = next(iter(levels.values())).channels
+    return MaskHead(RegionPooler(levels, op=model.roi.op, output_size=14), channels, num_classes=num_classes)

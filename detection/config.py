@@ -1,0 +1,200 @@
+"""The schema of a detection run, and the translation of its parts: into a detector (`build_detector` in build.py), sources and loaders.
+
+Each default states its reason. A YAML file holds one run's differences from them; `key.path=value` overrides either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from resbackbone.errors import InputError
+from resbackbone.runtime.config import load_config, load_config_text
+
+if TYPE_CHECKING:
+    from detection.data.loader import BatchLoader
+    from detection.data.source import Source
+    from detection.faster_rcnn import FasterRCNN
+    from resbackbone.backbone import Preprocessing
+    from resbackbone.runtime.distributed import Process
+    from resbackbone.runtime.sampler import ResumableBatchSampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which network carries the detector, and how much of it learns."""
+
+    name: str = "resnet50"  # list_backbones() has ours; timm:NAME and torchvision:NAME take theirs
+    variant: Literal["v1", "v1.5"] = "v1.5"  # torchvision's weights have the stride in the 3x3; the paper's own release in the 1x1 (v1)
+    weights: str | None = "torchvision"  # null | a file | torchvision | timm
+    norm: Literal["batch", "frozen", "eval", "sync", "group", "none"] = "frozen"  # He et al. 2015, appendix A: BN fixed in detection
+    norm_eps: float | None = None  # null: the source's, 1e-5
+    freeze_at: int = 2  # conv1 and conv2_x, as Fast R-CNN found enough; 0 from scratch
+    dilation_rule: Literal["torchvision", "detectron2"] = "torchvision"  # bites with head dc5 only; weights want the rule they met
+    checkpointing: bool = False  # trades a third more compute for most of the activations' memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoiConfig:
+    """Regions: how many, and how their features are pooled."""
+
+    op: Literal["align", "pool"] = "align"  # the paper pools; aligning (He et al. 2017) is never worse
+    proposals_train: int = 2000  # Ren et al. 2015, §3.3
+    proposals_test: int = 300  # He et al. 2015, appendix A; FPN uses 1000
+    samples: int | None = None  # regions trained on per image; null: 512 with two FC layers, 128 where conv5_x runs on each (Ren et al.)
+    pool_size: int | None = None  # null: 14 before conv5_x (which halves it), 7 before FC layers
+    head_width: int = 1024  # of the two FC layers (Lin et al. 2017, FPN §4.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestConfig:
+    """What happens to scored boxes at test time."""
+
+    score_threshold: float = 0.05  # below it a box no longer moves AP
+    nms: float = 0.5  # IoU, per class
+    detections: int = 100  # COCO counts the best 100 of an image
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The detector."""
+
+    head: Literal["c4", "fpn", "dc5"] = "c4"  # the paper's own
+    mask: bool = False
+    anchor_sizes: tuple[int, ...] | None = None  # pixels; null: 32 … 512 (fpn: one size a level), as torchvision and detectron2
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    roi: RoiConfig = field(default_factory=RoiConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images and annotations are and how they are read."""
+
+    kind: str = "coco"  # coco | voc | shapes, or the dotted name of a module of yours
+    root: str | None = None  # COCO: holds annotations/ and a folder per split; VOC: holds VOCdevkit/
+    train: tuple[str, ...] = ("train2017",)
+    val: tuple[str, ...] = ("val2017",)
+    images: str | None = None  # image folder below root, where it is not the split's own
+    min_size: tuple[int, ...] = (800,)  # shorter side, pixels; several: one is drawn per training image, the last one tests
+    max_size: int = 1333  # longer side, pixels
+    workers: int = 4
+    empty_images: Literal["keep", "drop"] = "drop"  # in training; evaluation always sees every image
+    flip: bool = True  # mirror half of the training images
+    exif: bool = True  # turn photos as their camera says
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    batch_size: int = 8  # images per forward pass over all processes (the paper: 8 GPUs, one each)
+    steps: int = 90000
+    lr: float = 0.01  # for `reference_batch` images a step; scaled in proportion
+    reference_batch: int = 8
+    momentum: float = 0.9  # He et al. 2015, §3.4
+    weight_decay: float = 1e-4  # He et al. 2015, §3.4
+    warmup_steps: int = 500
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    milestones: tuple[int, ...] = (60000, 80000)
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    channels_last: bool = True  # what convolutions want on CPU and GPU alike
+    seed: int = 0
+    accumulate: int = 1  # forward passes per optimiser step
+    clip_norm: float | None = None
+    ema: float | None = None  # decay, e.g. 0.9998
+    compile: bool = False  # torch.compile of the backbone; minutes at the start
+    eval_every: int = 5000  # 0: only at the end
+    save_every: int = 1000
+    keep_checkpoints: int = 3
+    early_stop: int | None = None  # evaluations without a better figure; null: run all steps
+    log_every: int = 20
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "steps", "reference_batch", "accumulate", "save_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name}={getattr(self, name)} is not possible; it must be at least 1")
+        if self.schedule == "step" and list(self.milestones) != sorted(self.milestones):
+            raise InputError(f"train.milestones={list(self.milestones)} must rise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How a detector is judged."""
+
+    engine: Literal["auto", "pycocotools", "hotcoco"] = "auto"  # auto: the fast one where its figures are proven identical
+    batch_size: int = 1
+    samples: int = 8  # validation images drawn into samples/
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionConfig:
+    """Everything a detection run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.mask and self.model.head != "fpn":
+            raise InputError(f"model.mask=true needs model.head=fpn, not {self.model.head}; the mask branch reads FPN levels")
+
+
+def load_detection_config(path: Path | None, overrides: Sequence[str] = ()) -> DetectionConfig:
+    """Read a YAML file and `key.path=value` overrides; InputError names what is wrong, where, and the nearest key."""
+    return load_config(DetectionConfig, path, overrides)
+
+
+def parse_detection_config(text: str, *, source: str, overrides: Sequence[str] = ()) -> DetectionConfig:
+    """The same for YAML in memory, such as the config inside a weights file."""
+    return load_config_text(DetectionConfig, text, source=source, overrides=overrides)
+
+
+def chosen_device(config: DetectionConfig) -> str | None:
+    """"cpu" or "cuda" where the config says so; None lets torch choose."""
+    return None if config.train.device == "auto" else config.train.device
+
+
+def load_split(config: DetectionConfig, which: Literal["train", "val"]) -> Source:
+    """The training or validation data of a run, its annotations read and checked. Raises InputError."""
+    from detection.data import load_source
+
+    data = config.data
+    return load_source(data.kind, data.root, getattr(data, which), masks=config.model.mask, images=data.images, exif=data.exif)
+
+
+def train_loader(config: DetectionConfig, source: Source, process: Process) -> tuple[BatchLoader, ResumableBatchSampler]:
+    """This process's share of endless training batches, and the sampler whose position a checkpoint keeps."""
+    from detection.data.loader import build_train_loader
+
+    return build_train_loader(
+        source,
+        batch_size=config.train.batch_size,
+        workers=config.data.workers,
+        seed=config.train.seed,
+        rank=process.rank,
+        world_size=process.world_size,
+        min_size=config.data.min_size,
+        max_size=config.data.max_size,
+        flip=config.data.flip,
+        empty_images=config.data.empty_images,
+    )
+
+
+def eval_loader(config: DetectionConfig, source: Source, process: Process) -> BatchLoader:
+    """This process's share of the evaluation images; each image is in exactly one share."""
+    from detection.data.loader import build_eval_loader
+
+    return build_eval_loader(
+        source,
+        batch_size=config.eval.batch_size,
+        workers=config.data.workers,
+        rank=process.rank,
+        world_size=process.world_size,
+        min_size=config.data.min_size,
+        max_size=config.data.max_size,
+    )

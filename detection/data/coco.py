@@ -1,0 +1,206 @@
+"""COCO JSON: `annotations/instances_{split}.json` and a folder of images per split, or any such JSON beside any image folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from resbackbone.errors import InputError, nearest
+
+from .annotations import Annotations, assemble
+from .box_checks import check_boxes
+from .coco_json import CocoFile, CocoFileWithMasks, CocoObjectWithMask, read_coco_file
+from .masks import PackedMasks, compress_counts
+from .problems import ProblemLog
+from .source import FolderSource, check_file_names
+
+HOW_TO_GET = (
+    "COCO 2017 is at https://cocodataset.org/#download: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip into one "
+    "folder, so that it holds train2017/, val2017/ and annotations/instances_train2017.json, and set data.root to that folder"
+)
+
+
+def load(
+    root: Path | None, split: str | tuple[str, ...], *, masks: bool = False, images: str | None = None, exif: bool = True
+) -> FolderSource:
+    """One split, checked. split: `train2017`, or the path of a JSON below root; images: its image folder below root.
+
+    Problems are handled as problems.POLICY says: InputError for the first that training refuses, a warning with counts for the rest.
+    """
+    source, log = scan(root, split, masks=masks, images=images, exif=exif)
+    log.settle()
+    assert source is not None, "a file without a refused problem has records"
+    return source
+
+
+def scan(
+    root: Path | None, split: str | tuple[str, ...], *, masks: bool = False, images: str | None = None, exif: bool = True
+) -> tuple[FolderSource | None, ProblemLog]:
+    """The same without refusing: every problem in one pass, and a source of what is sound (None where nothing could be read)."""
+    json_path, folder = locate(root, split, images=images)
+    return scan_files(json_path, folder, masks=masks, exif=exif)
+
+
+def scan_files(json_path: Path, folder: Path, *, masks: bool = False, exif: bool = True) -> tuple[FolderSource | None, ProblemLog]:
+    """`scan` for a JSON and an image folder anywhere."""
+    log = ProblemLog()
+    content = read_coco_file(json_path, log, masks=masks)
+    if content is None:
+        return None, log
+    annotations = _to_arrays(content, json_path, folder, log, masks=masks)
+    return FolderSource(annotations=annotations, folder=folder, annotation_file=json_path, exif=exif), log
+
+
+def locate(root: Path | None, split: str | tuple[str, ...], *, images: str | None = None) -> tuple[Path, Path]:
+    """(JSON, image folder) of a split. Raises InputError that says what is not there and how to get COCO."""
+    if not isinstance(split, str):
+        raise InputError(f"COCO takes one split at a time, not {list(split)}; join the JSON files first")
+    if root is None or not root.is_dir():
+        raise InputError(f"data.root={root}: there is no such folder. {HOW_TO_GET}")
+    named = split.endswith(".json")
+    json_path = root / split if named else root / "annotations" / f"instances_{split}.json"
+    folder = root / images if images is not None else (json_path.parent if named else root / split)
+    if not json_path.is_file():
+        there = sorted(path.name for path in json_path.parent.glob("*.json")) if json_path.parent.is_dir() else []
+        hint = nearest(json_path.name, there) or (f" {json_path.parent} has: {', '.join(there[:8])}." if there else "")
+        raise InputError(f"{json_path}: there is no such annotation file;{hint} {HOW_TO_GET}")
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: there is no such image folder; unpack the images there, or name another below data.root with data.images=FOLDER"
+        )
+    return json_path, folder
+
+
+def _to_arrays(content: CocoFile | CocoFileWithMasks, path: Path, folder: Path, log: ProblemLog, *, masks: bool) -> Annotations:
+    categories = sorted(content.categories, key=lambda category: category.id)
+    category_ids = np.array([category.id for category in categories], dtype=np.int64)
+    _note_duplicates(category_ids, "category", path, log)
+    image_ids, file_names, sizes = _images(content, path, folder, log)
+    objects = content.annotations
+    wanted = np.array([record.image_id for record in objects], dtype=np.int64)
+    image_of_box, known_image = _lookup(wanted, image_ids)
+    labels, known_category = _lookup(np.array([record.category_id for record in objects], dtype=np.int64), category_ids)
+    _note_unknown(content, known_category, path, log)
+    known = known_image & known_category
+    boxes = np.array([record.bbox for record in objects], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    rows = np.flatnonzero(known)
+    clipped, good = check_boxes(
+        boxes[rows],
+        sizes[image_of_box[rows]],
+        log,
+        where=lambda b: {"file": path, "image": objects[rows[b]].image_id, "annotation": objects[rows[b]].id},
+        describe=lambda b: f"box [x, y, width, height] = {list(objects[rows[b]].bbox)}",
+    )
+    rows, clipped = rows[good], clipped[good]
+    spans = clipped[:, 2:] - clipped[:, :2]
+    stated = [objects[row].area for row in rows]
+    areas = np.array([spans[i].prod() if area is None else area for i, area in enumerate(stated)], dtype=np.float32)
+    packed = _pack_masks(objects, rows, sizes[image_of_box[rows]], path, log) if masks else None
+    return assemble(
+        classes=[category.name for category in categories],
+        category_ids=category_ids.tolist(),
+        image_ids=image_ids.tolist(),
+        file_names=file_names,
+        sizes=sizes,
+        image_of_box=image_of_box[rows],
+        boxes=clipped,
+        labels=labels[rows] + 1,
+        ignore=np.array([bool(objects[row].iscrowd) for row in rows], dtype=bool),
+        areas=areas,
+        masks=packed,
+    )
+
+
+def _images(content: CocoFile | CocoFileWithMasks, path: Path, folder: Path, log: ProblemLog) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """(ids, file names, sizes [I, 2] as (height, width)) of the images that are sound."""
+    all_ids = np.array([image.id for image in content.images], dtype=np.int64)
+    first = _note_duplicates(all_ids, "image", path, log)
+    records = [image for image, keep in zip(content.images, first, strict=True) if keep]
+    sized = []
+    for image in records:
+        if image.height < 1 or image.width < 1:
+            log.add("bad_size", f"its size is stated as {image.width}×{image.height} pixels", file=path, image=image.id)
+        else:
+            sized.append(image)
+    there = check_file_names([image.file_name for image in sized], folder, log, file=path, ids=[image.id for image in sized])
+    records = [image for image, keep in zip(sized, there, strict=True) if keep]
+    ids = np.array([image.id for image in records], dtype=np.int64)
+    sizes = np.array([(image.height, image.width) for image in records], dtype=np.int64).reshape(-1, 2)
+    return ids, [image.file_name for image in records], sizes
+
+
+def _lookup(wanted: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Position in `ids` of each wanted id (0 where it has none), and whether it has one."""
+    if not len(ids):
+        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+    order = np.argsort(ids, kind="stable")
+    places = np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)
+    found = order[places]
+    return found, ids[found] == wanted
+
+
+def _note_duplicates(ids: np.ndarray, what: str, path: Path, log: ProblemLog) -> np.ndarray:
+    """bool per id: whether it is the first with that number; the others are noted."""
+    _, first = np.unique(ids, return_index=True)
+    is_first = np.zeros(len(ids), dtype=bool)
+    is_first[first] = True
+    for number in ids[~is_first].tolist():
+        place = {what: number} if what in ("image", "annotation") else {}
+        log.add("duplicate_id", f"two entries of kind {what} have the id {number}; number them apart", file=path, **place)
+    return is_first
+
+
+def _note_unknown(content: CocoFile | CocoFileWithMasks, known_category: np.ndarray, path: Path, log: ProblemLog) -> None:
+    """Annotations that point at images or categories which the file does not list."""
+    _note_duplicates(np.array([record.id for record in content.annotations], dtype=np.int64), "annotation", path, log)
+    listed = {image.id for image in content.images}
+    names = [f"{category.id} ({category.name})" for category in content.categories]
+    for record, known in zip(content.annotations, known_category.tolist(), strict=True):
+        if listed and record.image_id not in listed:
+            log.add("unknown_image", f"image_id {record.image_id} is not among `images`", file=path, annotation=record.id)
+        if names and not known:
+            words = f"category_id {record.category_id} is not among `categories`: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}"
+            log.add("unknown_category", words, file=path, image=record.image_id, annotation=record.id)
+
+
+def _pack_masks(objects: list[Any], rows: np.ndarray, sizes: np.ndarray, path: Path, log: ProblemLog) -> PackedMasks:
+    """The segmentations of the kept boxes, checked, uncompressed run lengths compressed; one at a time, COCO's would fill the memory."""
+
+    def checked() -> Iterator[Any]:
+        for row, (height, width) in zip(rows.tolist(), sizes.tolist(), strict=True):
+            record = objects[row]
+            try:
+                yield _segmentation(record, height, width)
+            except (ValueError, TypeError) as error:
+                place = {"file": path, "image": record.image_id, "annotation": record.id}
+                log.add("bad_mask", f"its segmentation cannot be used: {error}", **place)
+                yield []
+
+    return PackedMasks.pack(checked())
+
+
+def _segmentation(record: CocoObjectWithMask, height: int, width: int) -> list[list[float]] | dict[str, Any]:
+    """One segmentation as `PackedMasks.pack` takes it. Raises ValueError saying what is wrong."""
+    text = bytes(record.segmentation)
+    value = msgspec.json.decode(text) if text else None
+    if isinstance(value, dict):
+        if list(value.get("size", ())) != [height, width]:
+            raise ValueError(f"the run-length code is for size {value.get('size')}, the image has [{height}, {width}] (height, width)")
+        counts = value.get("counts")
+        if isinstance(counts, list):
+            if sum(counts) != height * width:
+                raise ValueError(f"its run lengths sum to {sum(counts)}, not to the image's {height * width} pixels")
+            return {"counts": compress_counts(counts, height, width)}
+        if not isinstance(counts, str):
+            raise ValueError("its run-length code has no counts")
+        return {"counts": counts}
+    # Fewer than three corners enclose nothing; COCO's tools take four numbers for a box.
+    polygons = [polygon for polygon in value or () if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    if not polygons:
+        raise ValueError("it has no polygon of three corners or more, and no run-length code")
+    return polygons

@@ -1,0 +1,163 @@
+"""An image file in, upright RGB uint8 out; and the two resizes that are fast on a CPU.
+
+Every kind of file becomes 8-bit RGB [H, W, 3]: grey is repeated, a palette looked up, CMYK converted, 16 bits rounded to 8, and an alpha
+channel ignored, as PIL's convert("RGB") and OpenCV do (the colours under it are kept, nothing is blended).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+import torch
+
+from resbackbone.errors import InputError
+
+from .image_header import MAX_PIXELS, BrokenHeader, ImageHeader, is_cut_off, read_header
+
+_HEADER_BYTES = 2**18
+
+
+class UnreadableImage(InputError):
+    """An image file that is empty, cut off, too large or no image. Training skips and counts these; see problems.POLICY."""
+
+
+def read_image(path: Path | str, *, exif: bool = True) -> np.ndarray:
+    """The image as uint8 RGB [H, W, 3], contiguous and its own memory.
+
+    exif: turn it as the camera's orientation says; False leaves the stored pixels. simplejpeg decodes plain JPEGs where it is installed,
+    OpenCV everything else. Raises UnreadableImage naming the file, InputError when there is none.
+    """
+    data = _read_bytes(path)
+    header = _checked_header(data, path)
+    if is_cut_off(data, header):
+        raise UnreadableImage(f"{path}: the file is cut off (no end marker); copy or download it again")
+    image = _decode(data, header, path, exif=exif)
+    return _turned(image, header.orientation) if exif else image
+
+
+def image_header(path: Path | str) -> ImageHeader:
+    """What the file says about itself, without decoding. Raises as `read_image` does."""
+    with _opened(path) as file:
+        data = file.read(_HEADER_BYTES)
+        try:
+            return _checked_header(data, path)
+        except UnreadableImage:
+            rest = file.read()
+            if not rest:
+                raise
+    return _checked_header(data + rest, path)
+
+
+def image_size(path: Path | str, *, exif: bool = True) -> tuple[int, int]:
+    """(height, width) of what `read_image` would return, from the header alone where the format is JPEG or PNG."""
+    header = image_header(path)
+    if not header.height:
+        height, width = read_image(path, exif=exif).shape[:2]
+        return height, width
+    return header.upright_size if exif else (header.height, header.width)
+
+
+def resized_size(height: int, width: int, *, min_size: int, max_size: int) -> tuple[int, int]:
+    """(height, width) with the shorter side at `min_size`, unless the longer would pass `max_size`: torchvision's rule and rounding."""
+    scale = min(min_size / min(height, width), max_size / max(height, width))
+    return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [h, w, 3], bilinear: OpenCV to enlarge, torch's antialiased filter to shrink."""
+    height, width = image.shape[:2]
+    if (height, width) == tuple(size):
+        return image
+    if size[0] >= height and size[1] >= width:
+        return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    shrunk = torch.nn.functional.interpolate(planes, size=list(size), mode="bilinear", antialias=True)
+    return np.ascontiguousarray(shrunk[0].permute(1, 2, 0).numpy())
+
+
+def _opened(path: Path | str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image file") from None
+    except OSError as error:
+        raise UnreadableImage(f"{path}: cannot be opened ({error.strerror})") from None
+
+
+def _read_bytes(path: Path | str) -> bytes:
+    with _opened(path) as file:
+        return file.read()
+
+
+def _checked_header(data: bytes, path: Path | str) -> ImageHeader:
+    try:
+        header = read_header(data)
+    except BrokenHeader as error:
+        raise UnreadableImage(f"{path}: not a readable image: {error}") from None
+    if header.height * header.width > MAX_PIXELS:
+        raise UnreadableImage(
+            f"{path}: the header claims {header.width}×{header.height} pixels, more than the {MAX_PIXELS:,} allowed; damaged, or made to "
+            "exhaust memory"
+        )
+    return header
+
+
+def _decode(data: bytes, header: ImageHeader, path: Path | str, *, exif: bool) -> np.ndarray:
+    """RGB as stored for JPEG and PNG (the caller turns it); other formats are turned by OpenCV here."""
+    if header.format == "jpeg" and header.bits == 8 and (header.channels == 1 or (header.channels == 3 and header.adobe_transform == 1)):
+        image = _decode_plain_jpeg(data)
+        if image is not None:
+            return image
+    flags = cv2.IMREAD_UNCHANGED
+    if header.format not in ("jpeg", "png"):
+        flags = cv2.IMREAD_COLOR_RGB | (0 if exif else cv2.IMREAD_IGNORE_ORIENTATION)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+    except cv2.error as error:
+        raise UnreadableImage(f"{path}: OpenCV cannot decode it ({str(error).strip()[:200]})") from None
+    if image is None:
+        raise UnreadableImage(f"{path}: the {header.format.upper()} data is damaged or of a kind OpenCV cannot decode")
+    return image if flags != cv2.IMREAD_UNCHANGED else _to_rgb(image)
+
+
+@cache
+def _simplejpeg() -> ModuleType | None:
+    return importlib.import_module("simplejpeg") if importlib.util.find_spec("simplejpeg") else None
+
+
+def _decode_plain_jpeg(data: bytes) -> np.ndarray | None:
+    """simplejpeg's pixels (bit for bit OpenCV's, sooner), or None where it is absent or objects: OpenCV is the more forgiving."""
+    decoder = _simplejpeg()
+    if decoder is None:
+        return None
+    try:
+        return decoder.decode_jpeg(data, colorspace="RGB")
+    except ValueError:
+        return None
+
+
+def _to_rgb(image: np.ndarray) -> np.ndarray:
+    """OpenCV's grey, BGR or BGRA of 8, 16 or 32 bits -> RGB uint8."""
+    if image.dtype == np.uint16:
+        image = ((image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if image.ndim == 2:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    return cv2.cvtColor(image, cv2.COLOR_BGRA2RGB if image.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+
+
+def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
+    """EXIF orientation 1..8 undone, so that the image stands upright."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)

@@ -1,0 +1,108 @@
+"""What a run leaves behind beside its checkpoints: resolved config, environment, final weights, detections, figures, drawn samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detection.config import DetectionConfig
+from detection.data.source import Source
+from detection.draw import draw_detections, save_image
+from detection.evaluation.results import Record, write_results
+from detection.predict import detector_metadata
+from detection.train_state import TrainState
+from detection.validate import Validator
+from resbackbone.runtime import distributed
+from resbackbone.runtime.checkpoint import save_weights
+from resbackbone.runtime.config import save_config
+from resbackbone.runtime.log import RunLog, write_environment
+from resbackbone.runtime.timing import Window, peak_memory_mb
+
+
+_SPLIT_NAMES = {"data": "data_wait", "forward": "forward", "backward": "backward", "optimizer": "optimizer"}  # shares of the time
+
+
+def write_start_files(output: Path, config: DetectionConfig) -> None:
+    """config.yaml (everything resolved) and environment.json: known before the first step, so that even a failed run explains itself."""
+    save_config(config, output / "config.yaml")
+    write_environment(output, seed=config.train.seed)
+
+
+def announce(
+    log: RunLog, config: DetectionConfig, state: TrainState, train: Source, val: Source, *, base_lr: float, checkpoint: Path | None
+) -> None:
+    """Say what is about to happen: data, learning rate as it becomes, trainable parameters, where it starts."""
+    settings = config.train
+    trainable = sum(parameter.numel() for parameter in state.detector.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in state.detector.parameters())
+    log.message(f"train: {describe_split(train)}")
+    log.message(f"val: {describe_split(val)}")
+    log.message(f"{config.model.backbone.name} {config.model.head}: {total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M learn")
+    images = settings.batch_size * settings.accumulate
+    log.message(f"learning rate {settings.lr:g} for {settings.reference_batch} images a step → {base_lr:g} for {images}")
+    if checkpoint is not None:
+        log.message(f"resumed at step {state.step} from {checkpoint}")
+
+
+def describe_split(source: Source) -> str:
+    """How many images, objects and classes a split has, and how many objects are set aside as crowd or difficult."""
+    annotations = source.annotations
+    ignored = int(annotations.ignore.sum())
+    empty = int((annotations.num_objects() == 0).sum())
+    return (
+        f"{len(annotations)} images ({empty} without objects), {len(annotations.labels) - ignored} objects "
+        f"(+ {ignored} crowd or difficult) of {len(annotations.classes)} classes"
+    )
+
+
+def log_step(log: RunLog, state: TrainState, losses: dict[str, Tensor], *, lr: float, window: Window, device: torch.device) -> None:
+    """One line of progress for people, one of metrics.jsonl for programs; loss terms are means over processes."""
+    names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
+    terms = dict(zip(names, distributed.mean_across_processes(values).tolist(), strict=True))
+    memory_mb, left = peak_memory_mb(device), state.config.train.steps - state.step
+    images_a_step = state.config.train.batch_size * state.config.train.accumulate
+    log.metrics(
+        state.step,
+        **terms,
+        loss=sum(terms.values()),
+        lr=lr,
+        images_per_s=round(window.images_per_s, 3),
+        **{_SPLIT_NAMES[name]: round(share, 4) for name, share in window.split.items()},
+        memory_mb=round(memory_mb, 1),
+    )
+    eta_s = left * images_a_step / max(window.images_per_s, 1e-9)
+    log.progress(state.step, losses=terms, images_per_s=window.images_per_s, split=window.split, memory_mb=memory_mb, eta_s=eta_s)
+
+
+def finish(state: TrainState, validator: Validator, output: Path, log: RunLog) -> Path:
+    """Write the last checkpoint, model_final.safetensors, eval/ and samples/; returns the weights' path."""
+    state.save()
+    weights = output / "model_final.safetensors"
+    if distributed.is_main():
+        save_weights(weights, state.evaluated_model.state_dict(), detector_metadata(state.config, state.classes, state.evaluated_model))
+        if validator.records:  # empty where a finished run was resumed: its files are there already
+            write_evaluation(output / "eval", validator.source, validator.records, state.metrics)
+            draw_samples(output / "samples", validator.source, validator.records, count=state.config.eval.samples)
+        log.message(f"weights: {weights}")
+    distributed.barrier()
+    return weights
+
+
+def write_evaluation(folder: Path, source: Source, records: list[Record], metrics: dict[str, float]) -> None:
+    """eval/detections.json in the benchmark's own format and eval/metrics.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(folder / "detections.json", source, records)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def draw_samples(folder: Path, source: Source, records: list[Record], *, count: int, threshold: float = 0.5) -> None:
+    """Draw detections above `threshold` and the truth into the first `count` validation images that have objects."""
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations = source.annotations
+    with_objects = [record for record in sorted(records, key=lambda record: record.index) if len(annotations.of_image(record.index))]
+    for record in with_objects[:count]:
+        picture = draw_detections(source.read_image(record.index), record.detections, annotations.classes, threshold=threshold)
+        save_image(folder / f"{record.image_id}.jpg", picture)

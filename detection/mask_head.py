@@ -1,0 +1,104 @@
+"""The mask branch (He et al. 2017, Mask R-CNN, §3 and figure 4, right): four convolutions and a deconvolution on each region.
+
+P regions that hold an object, K foreground classes, masks of 28×28 inside their box. torchvision's layout and arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from detection.losses import mask_loss, shared_count
+from detection.roi_head import Regions
+from detection.structures import Detections, Target
+
+
+class MaskHead(nn.Module):
+    """Predicts, for every class, a mask inside a region."""
+
+    def __init__(self, pooler: nn.Module, in_channels: int, *, num_classes: int, width: int = 256, depth: int = 4) -> None:
+        """pooler: gives (P, in_channels, 14, 14). num_classes: K, without background."""
+        super().__init__()
+        self.pooler = pooler
+        channels = [in_channels] + [width] * depth
+        self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, 3, padding=1) for c_in, c_out in pairwise(channels))
+        self.conv5_mask = nn.ConvTranspose2d(width, width, 2, 2)
+        self.mask_fcn_logits = nn.Conv2d(width, num_classes + 1, 1)
+        for layer in (*self.convs, self.conv5_mask, self.mask_fcn_logits):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+        for layer in self.convs:
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """Mask logits (sum P, K + 1, 28, 28) of each image's boxes (P, 4)."""
+        hidden = self.pooler(features, boxes, sizes)
+        for layer in self.convs:
+            hidden = F.relu(layer(hidden))
+        return self.mask_fcn_logits(F.relu(self.conv5_mask(hidden)))
+
+    def losses(
+        self,
+        features: Mapping[str, Tensor],
+        regions: Sequence[Regions],
+        sizes: Sequence[tuple[int, int]],
+        *,
+        targets: Sequence[Target],
+        across_processes: bool = True,
+    ) -> dict[str, Tensor]:
+        """The mask term over the positive regions of all images; 0, with gradients of 0, where there are none."""
+        chosen = [region.positive for region in regions]
+        boxes = [region.boxes[rows] for region, rows in zip(regions, chosen, strict=True)]
+        labels = torch.cat([region.labels[rows] for region, rows in zip(regions, chosen, strict=True)])
+        logits = self(features, boxes, sizes)
+        wanted = [
+            cut_masks(target, region.matches[rows], box, side=logits.shape[-1])
+            for target, region, rows, box in zip(targets, regions, chosen, boxes, strict=True)
+        ]
+        count = shared_count(len(labels), like=logits, across_processes=across_processes)
+        return mask_loss(logits, labels, torch.cat(wanted), count=count)
+
+    @torch.no_grad()
+    def detect(self, features: Mapping[str, Tensor], found: Sequence[Detections], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        """The same detections with `masks`, the probabilities (D, 28, 28) of the class each was given."""
+        logits = self(features, [one.boxes for one in found], sizes)
+        labels = torch.cat([one.labels for one in found])
+        masks = logits[torch.arange(len(labels), device=labels.device), labels].float().sigmoid()
+        per_image = zip(found, masks.split([len(one) for one in found]), strict=True)
+        return [Detections(boxes=one.boxes, scores=one.scores, labels=one.labels, masks=mask) for one, mask in per_image]
+
+
+def cut_masks(target: Target, matches: Tensor, boxes: Tensor, *, side: int) -> Tensor:
+    """(P, side, side) float: for each box (P, 4) the mask of its object, `target.masks[matches]`, cut out and resized by RoIAlign."""
+    assert target.masks is not None, "the mask branch needs targets with masks"
+    rois = torch.cat((matches[:, None].to(boxes.dtype), boxes), dim=1)
+    return roi_align(target.masks[:, None].to(boxes.dtype), rois, (side, side), 1.0)[:, 0]
+
+
+def paste_masks(detections: Detections, size: tuple[int, int], *, threshold: float = 0.5) -> Iterator[Tensor]:
+    """Each detection's mask (height, width) uint8 in an image of `size`: 1 where the probability is above `threshold`.
+
+    One at a time, since a hundred masks of a large photo fill gigabytes. torchvision's arithmetic: a border of zeros around the
+    mask, the box grown to match and rounded down to whole pixels, bilinear resizing.
+    """
+    assert detections.masks is not None, "these detections have no masks"
+    side = detections.masks.shape[-1]
+    centre = (detections.boxes[:, 2:] + detections.boxes[:, :2]) * 0.5
+    half = (detections.boxes[:, 2:] - detections.boxes[:, :2]) * 0.5 * ((side + 2) / side)
+    grown = torch.cat((centre - half, centre + half), dim=1).to(torch.int64).tolist()
+    for mask, box in zip(F.pad(detections.masks.float(), (1, 1, 1, 1)), grown, strict=True):
+        yield _paste(mask, box, size, threshold)
+
+
+def _paste(mask: Tensor, box: list[int], size: tuple[int, int], threshold: float) -> Tensor:
+    left, top, right, bottom = box[0], box[1], box[2] + 1, box[3] + 1
+    shape = [max(bottom - top, 1), max(right - left, 1)]
+    resized = F.interpolate(mask[None, None], size=shape, mode="bilinear", align_corners=False)[0, 0] > threshold
+    image = torch.zeros(size, dtype=torch.uint8, device=mask.device)
+    y0, y1, x0, x1 = max(top, 0), min(bottom, size[0]), max(left, 0), min(right, size[1])
+    image[y0:y1, x0:x1] = resized[y0 - top : y1 - top, x0 - left : x1 - left]
+    return image

@@ -1,0 +1,116 @@
+"""When a loss is nan or infinite: stop before the weights are touched, and leave what it takes to see why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from detection.structures import Batch, Target
+from resbackbone.errors import InputError
+from resbackbone.runtime import distributed
+from resbackbone.runtime.checkpoint import save_weights
+from resbackbone.runtime.nonfinite import NonFiniteLoss, first_nonfinite_module, write_nonfinite_report
+
+if TYPE_CHECKING:
+    from detection.train_state import TrainState
+
+
+def stop_unless_finite(losses: dict[str, Tensor], batch: Batch, state: TrainState, output: Path) -> None:
+    """Raise NonFiniteLoss on every rank when a loss of any rank is not finite.
+
+    The last good state (no update has happened yet) is written as a checkpoint, and `nonfinite/` gets the batch, the weights, the
+    loss terms, the boxes and the name of the first module whose output was not finite.
+    """
+    finite = bool(torch.isfinite(torch.stack([loss.detach().float() for loss in losses.values()])).all())
+    if not distributed.any_process(not finite):
+        return
+    state.save()
+    folder = output / "nonfinite"
+    if not finite:
+        from detection.predict import detector_metadata
+
+        save_weights(folder / "model.safetensors", state.detector.state_dict(), detector_metadata(state.config, state.classes, state.detector))
+        write_nonfinite_report(
+            output,
+            step=state.step + 1,
+            losses={name: float(value) for name, value in losses.items()},
+            batch=_tensors(batch),
+            records=[_describe(target) for target in batch.targets],
+            module=_first_bad_module(state.detector, batch, state),
+            command=f"python tools/train_det.py --replay {folder}",
+        )
+    raise NonFiniteLoss(
+        f"step {state.step + 1}: a loss is not finite ({_terms(losses)}); images {[target.image_id for target in batch.targets]}. "
+        f"{folder / 'report.json'} has the details, the checkpoint of step {state.step} is intact; a lower train.lr or train.clip_norm often helps"
+    )
+
+
+def replay(folder: Path) -> str:
+    """Run the batch of a `nonfinite/` folder again and report each loss and the first module whose output is not finite."""
+    from detection.predict import config_from_weights, load_detector
+    from resbackbone.runtime.precision import Precision
+
+    if not (folder / "batch.safetensors").is_file():
+        raise InputError(f"{folder} is no nonfinite/ folder of a run: batch.safetensors is not in it")
+    weights = folder / "model.safetensors"
+    config = config_from_weights(weights)
+    detector, _ = load_detector(config, weights, device=torch.device("cpu"))
+    detector.train()
+    report = json.loads((folder / "report.json").read_text())
+    batch = _restore(load_file(folder / "batch.safetensors"), report["images"])
+    precision = Precision("fp32" if config.train.precision == "fp16" else config.train.precision, torch.device("cpu"))
+    with precision.autocast():
+        losses = detector(batch.images, batch.targets)
+        bad = first_nonfinite_module(detector, lambda: detector(batch.images, batch.targets))
+    return f"{_terms(losses)}; first module with an output that is not finite: {bad or 'none (the loss itself)'}"
+
+
+def _first_bad_module(detector: nn.Module, batch: Batch, state: TrainState) -> str | None:
+    with torch.no_grad(), state.precision.autocast():
+        return first_nonfinite_module(detector, lambda: detector(batch.images, batch.targets))
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    tensors = {f"image.{i}": image for i, image in enumerate(batch.images)}
+    for i, target in enumerate(batch.targets):
+        tensors |= {f"boxes.{i}": target.boxes, f"labels.{i}": target.labels, f"ignore_boxes.{i}": target.ignore_boxes}
+        if target.masks is not None:
+            tensors[f"masks.{i}"] = target.masks
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _describe(target: Target) -> dict:
+    return {
+        "image_id": target.image_id,
+        "index": target.index,
+        "seed": target.seed,
+        "original_size": list(target.original_size),
+        "boxes": target.boxes.tolist(),
+        "labels": target.labels.tolist(),
+    }
+
+
+def _restore(tensors: dict[str, Tensor], records: list[dict]) -> Batch:
+    targets = [
+        Target(
+            boxes=tensors[f"boxes.{i}"],
+            labels=tensors[f"labels.{i}"],
+            ignore_boxes=tensors[f"ignore_boxes.{i}"],
+            masks=tensors.get(f"masks.{i}"),
+            image_id=record["image_id"],
+            index=record["index"],
+            seed=record["seed"],
+            original_size=tuple(record["original_size"]),
+        )
+        for i, record in enumerate(records)
+    ]
+    return Batch(images=[tensors[f"image.{i}"] for i in range(len(records))], targets=targets)
+
+
+def _terms(losses: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {float(value):g}" for name, value in losses.items())

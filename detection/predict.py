@@ -1,0 +1,147 @@
+"""An image in, its boxes out: loading a trained detector and running it, on one image or over a validation split."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detection.build import build_detector
+from detection.config import DetectionConfig, chosen_device, load_split, parse_detection_config
+from detection.data.images import resize_image, resized_size
+from detection.faster_rcnn import FasterRCNN
+from detection.structures import Detections
+from resbackbone.backbone import Preprocessing
+from resbackbone.errors import InputError
+from resbackbone.runtime import distributed
+from resbackbone.runtime.checkpoint import load_checkpoint
+from resbackbone.runtime.config import dump_config
+from resbackbone.runtime.precision import Precision
+from resbackbone.weights import read_state_dict
+
+FORMAT = "resbackbone-detector-1"
+
+
+def detector_metadata(config: DetectionConfig, classes: Sequence[str], detector: torch.nn.Module) -> dict[str, str]:
+    """What travels with a detector's weights: its config, class names and preprocessing, as text."""
+    assert isinstance(detector, FasterRCNN)
+    preprocessing = dataclasses.asdict(detector.preprocess.preprocessing)
+    return {
+        "format": FORMAT,
+        "config": dump_config(config),
+        "classes": json.dumps(list(classes)),
+        "preprocessing": json.dumps(preprocessing),
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DetectorFile:
+    """The content of a weights file or checkpoint that training left."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing | None
+
+
+def read_detector_file(path: Path) -> DetectorFile:
+    """Read model_final.safetensors or a checkpoint (its folder or its state.pt); InputError when it is something else."""
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".pt":
+        saved = load_checkpoint(path)
+        tensors = saved["model"]
+        if saved.get("ema") is not None:  # the average is what was judged
+            tensors = {name.removeprefix("module."): value for name, value in saved["ema"].items() if name != "n_averaged"}
+        return DetectorFile(path=path, tensors=tensors, config=saved["config"], classes=tuple(saved["classes"]), preprocessing=None)
+    tensors, metadata = read_state_dict(path)
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{path} holds no detector of ours (its metadata lacks format={FORMAT}); give a run's model_final.safetensors or a folder "
+            "below its checkpoints/. Backbone weights belong into model.backbone.weights"
+        )
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(metadata["preprocessing"]).items()}
+    return DetectorFile(
+        path=path,
+        tensors=tensors,
+        config=metadata["config"],
+        classes=tuple(json.loads(metadata["classes"])),
+        preprocessing=Preprocessing(**values),
+    )
+
+
+def config_from_weights(path: Path, overrides: Sequence[str] = ()) -> DetectionConfig:
+    """The config a detector was trained with, as its file carries it, with overrides."""
+    return parse_detection_config(read_detector_file(path).config, source=f"the config inside {path}", overrides=overrides)
+
+
+def load_detector(config: DetectionConfig, weights: Path, *, device: torch.device) -> tuple[FasterRCNN, tuple[str, ...]]:
+    """The detector `config` describes with the weights of `weights`, in eval mode on `device`, and its class names.
+
+    Raises InputError when the file belongs to another architecture, naming the first tensors that differ.
+    """
+    file = read_detector_file(weights)
+    detector = build_detector(config, len(file.classes), initial_weights=False, preprocessing=file.preprocessing)
+    ours = detector.state_dict()
+    missing, unexpected = sorted(ours.keys() - file.tensors.keys()), sorted(file.tensors.keys() - ours.keys())
+    shapes = [name for name in ours.keys() & file.tensors.keys() if ours[name].shape != file.tensors[name].shape]
+    if missing or unexpected or shapes:
+        raise InputError(
+            f"{weights} belongs to another architecture than the config describes ({config.model.backbone.name}, head {config.model.head}): "
+            f"{len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape "
+            f"{sorted(shapes)[:3]}. Leave --config out: the file carries its own"
+        )
+    detector.load_state_dict(file.tensors)
+    return detector.to(device, memory_format=torch.channels_last).eval(), file.classes
+
+
+class Predictor:
+    """A trained detector for single images."""
+
+    def __init__(self, config: DetectionConfig, weights: Path) -> None:
+        self.device = distributed.setup(chosen_device(config)).device
+        self.detector, self.classes = load_detector(config, weights, device=self.device)
+        self.min_size, self.max_size = config.data.min_size[-1], config.data.max_size
+        self.precision = Precision(config.train.precision, self.device)
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray) -> Detections:
+        """Detect in `image`, uint8 (H, W, 3) RGB of any size; boxes come back in its own pixels, on the CPU."""
+        height, width = image.shape[:2]
+        size = resized_size(height, width, min_size=self.min_size, max_size=self.max_size)
+        pixels = torch.from_numpy(np.ascontiguousarray(resize_image(image, size))).permute(2, 0, 1).contiguous().to(self.device)
+        with self.precision.autocast():
+            (found,) = self.detector.detect([pixels])
+        return found.scaled(size, (height, width)).to("cpu")
+
+
+def evaluate_weights(
+    config: DetectionConfig, weights: Path, *, output: Path | None = None, log: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Run a trained detector over the validation split of `config` and score it; under torchrun each process takes its share.
+
+    Writes eval/detections.json and eval/metrics.json below `output` where one is given.
+    """
+    from detection.finish import write_evaluation
+    from detection.validate import Validator
+
+    process = distributed.setup(chosen_device(config))
+    try:
+        source = load_split(config, "val")
+        detector, classes = load_detector(config, weights, device=process.device)
+        if tuple(source.annotations.classes) != classes:
+            raise InputError(f"{weights} knows the classes {list(classes)[:4]} …, the data has {list(source.annotations.classes)[:4]} …")
+        if process.is_main:
+            log(f"{weights}: {config.model.backbone.name} {config.model.head} on {len(source.annotations)} images")
+        validator = Validator(config, source, process=process, precision=Precision(config.train.precision, process.device))
+        metrics = validator.evaluate(detector, with_loss=False)
+        if output is not None and process.is_main:
+            write_evaluation(output / "eval", source, validator.records, metrics)
+        return metrics
+    finally:
+        distributed.shutdown()

@@ -1,0 +1,162 @@
+"""The second stage (Girshick 2015, Fast R-CNN): pooled regions → classes and box deltas → losses | detections.
+
+N images, R regions, K foreground classes (label 0 is the background), P positive regions. torchvision's arithmetic, except that
+only what is used is computed: deltas are encoded for positives, decoded for the class scores that pass the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from detection.boxes import REGION_WEIGHTS, clip_to_image, decode, encode, is_large
+from detection.losses import roi_losses, shared_count
+from detection.matching import assign, balanced_sample
+from detection.structures import Detections, Target
+
+MIN_SIDE_PX = 1e-2  # detections thinner than this are nothing
+
+
+class Pooler(Protocol):
+    """What turns boxes into features: see pooling.RegionPooler."""
+
+    def __call__(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """[sum R, C, P, P]"""
+        ...
+
+
+@dataclass(kw_only=True)
+class Regions:
+    """The sampled regions of one image. boxes: (R, 4); labels: (R,) 0 … K; matches: (R,) index of the object, for positives only."""
+
+    boxes: Tensor
+    labels: Tensor
+    matches: Tensor
+
+    @property
+    def positive(self) -> Tensor:
+        """(P,) indices of the regions that hold an object."""
+        return torch.nonzero(self.labels > 0).flatten()
+
+
+class TwoFCHead(nn.Module):
+    """Two fully connected layers, for pyramids and DC5 (Lin et al. 2017, FPN, §4.2)."""
+
+    def __init__(self, in_channels: int, pool_size: int, *, width: int = 1024) -> None:
+        super().__init__()
+        self.fc6 = nn.Linear(in_channels * pool_size**2, width)
+        self.fc7 = nn.Linear(width, width)
+        self.out_channels = width
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """pooled: (R, C, P, P). Returns (R, width)."""
+        return F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
+
+
+class RoIHead(nn.Module):
+    """Pools regions, runs `box_head` on each, and predicts a class and, per class, a box."""
+
+    def __init__(
+        self,
+        pooler: nn.Module,
+        box_head: nn.Module,
+        *,
+        num_classes: int,
+        samples: int = 512,
+        score_threshold: float = 0.05,
+        nms_iou: float = 0.5,
+        detections: int = 100,
+        regions_per_pass: int | None = None,
+    ) -> None:
+        """box_head: (R, C, P, P) → (R, D) or a map (R, D, h, w), which is averaged; it has `out_channels` D.
+
+        num_classes: K, without background. samples: regions an image trains on. regions_per_pass: how many run through the head
+        at a time when detecting; None: all, which conv5_x on 300 regions of several images has no memory for.
+        """
+        super().__init__()
+        channels: int = box_head.out_channels  # type: ignore[assignment]
+        self.pooler, self.box_head = pooler, box_head
+        self.cls_score = nn.Linear(channels, num_classes + 1)
+        self.bbox_pred = nn.Linear(channels, 4 * (num_classes + 1))
+        self.samples, self.positive_fraction, self.positive_iou = samples, 0.25, 0.5  # Girshick 2015, §2.3
+        self.score_threshold, self.nms_iou, self.detections = score_threshold, nms_iou, detections
+        self.regions_per_pass = regions_per_pass
+
+    def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Class logits (sum R, K + 1) and deltas (sum R, 4 · (K + 1)) of each image's boxes (R, 4)."""
+        hidden = self.box_head(self.pooler(features, boxes, sizes))
+        if hidden.dim() == 4:
+            hidden = hidden.mean(dim=(2, 3))  # He et al. 2015: global average pooling after conv5_x
+        return self.cls_score(hidden), self.bbox_pred(hidden)
+
+    @torch.no_grad()
+    def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target], generators: Sequence[torch.Generator | None]) -> list[Regions]:
+        """The regions each image trains on, drawn from its proposals and its true boxes by its generator."""
+        return [self._sample(*one) for one in zip(proposals, targets, generators, strict=True)]
+
+    def _sample(self, proposals: Tensor, target: Target, generator: torch.Generator | None) -> Regions:
+        candidates = torch.cat((proposals, target.boxes))  # the truth is a proposal too, so that there are positives from the start
+        matches = assign(candidates, target.boxes, target.ignore_boxes, high=self.positive_iou, low=self.positive_iou)
+        drawn = balanced_sample(matches, count=self.samples, positive_fraction=self.positive_fraction, generator=generator)
+        positive, chosen = matches[drawn[0]], torch.cat(drawn)
+        labels = torch.zeros_like(chosen)
+        labels[: len(positive)] = target.labels[positive]
+        return Regions(boxes=candidates[chosen], labels=labels, matches=matches[chosen])
+
+    def losses(
+        self,
+        features: Mapping[str, Tensor],
+        regions: Sequence[Regions],
+        sizes: Sequence[tuple[int, int]],
+        *,
+        targets: Sequence[Target],
+        across_processes: bool = True,
+    ) -> dict[str, Tensor]:
+        """roi_class and roi_box over the sampled regions of all images."""
+        logits, deltas = self(features, [region.boxes for region in regions], sizes)
+        labels = torch.cat([region.labels for region in regions])
+        wanted = torch.cat([_wanted_deltas(region, target) for region, target in zip(regions, targets, strict=True)])
+        count = shared_count(len(labels), like=logits, across_processes=across_processes)
+        return roi_losses(logits, labels, deltas, wanted, count=count)
+
+    @torch.no_grad()
+    def detect(self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        """Each image's detections, best first: threshold, decode, clip, drop slivers, NMS inside each class, the best `detections`."""
+        passes = [self(features, part, sizes) for part in _passes(proposals, self.regions_per_pass)]
+        counts = [len(boxes) for boxes in proposals]
+        scores = torch.cat([logits for logits, _ in passes]).float().softmax(dim=1).split(counts)
+        deltas = torch.cat([deltas for _, deltas in passes]).split(counts)
+        return [self._detections(*one) for one in zip(scores, deltas, proposals, sizes, strict=True)]
+
+    def _detections(self, scores: Tensor, deltas: Tensor, proposals: Tensor, size: tuple[int, int]) -> Detections:
+        region, label = torch.nonzero(scores[:, 1:] > self.score_threshold).unbind(1)
+        label = label + 1
+        chosen = deltas.unflatten(1, (-1, 4))[region, label]
+        boxes = clip_to_image(decode(chosen, proposals[region], REGION_WEIGHTS), size)
+        found = Detections(boxes=boxes, scores=scores[region, label], labels=label)
+        found = found[torch.nonzero(is_large(boxes, MIN_SIDE_PX)).flatten()]
+        return found[batched_nms(found.boxes, found.scores, found.labels, self.nms_iou)[: self.detections]]
+
+
+def _wanted_deltas(regions: Regions, target: Target) -> Tensor:
+    """(P, 4): what the box regressor should say of the positive regions."""
+    positive = regions.positive
+    return encode(target.boxes[regions.matches[positive]], regions.boxes[positive], REGION_WEIGHTS)
+
+
+def _passes(boxes: Sequence[Tensor], limit: int | None) -> Iterator[list[Tensor]]:
+    """`boxes`, an (R, 4) an image, cut into lists of the same form with at most `limit` boxes over all images; at least one list."""
+    counts = [len(part) for part in boxes]
+    total = sum(counts)
+    for first in range(0, max(total, 1), limit or max(total, 1)):
+        last, start, part = first + (limit or total), 0, []
+        for count, box in zip(counts, boxes, strict=True):
+            part.append(box[max(first - start, 0) : max(last - start, 0)])
+            start += count
+        yield part

@@ -1,0 +1,154 @@
+"""Training a detector: `train(config, output)` and the loop in it, all of it visible.
+
+To the loss from here: config.py builds the detector, faster_rcnn.py tells its story, rpn.py and roi_head.py sample, losses.py sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from detection.build import build_detector
+from detection.config import DetectionConfig, chosen_device, load_split, train_loader
+from detection.finish import announce, finish, log_step, write_start_files
+from detection.nonfinite import stop_unless_finite
+from detection.train_state import TrainState
+from detection.validate import Validator
+from resbackbone.runtime import distributed
+from resbackbone.runtime.checkpoint import load_checkpoint, resolve_resume
+from resbackbone.runtime.log import RunLog
+from resbackbone.runtime.output import prepare_output
+from resbackbone.runtime.precision import Precision
+from resbackbone.runtime.random_state import seed_everything
+from resbackbone.runtime.schedule import build_sgd, lr_factor, scaled_lr, set_lr
+from resbackbone.runtime.signals import Interrupted, SignalGuard
+from resbackbone.runtime.timing import StepTimer, bottleneck_sentence
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run leaves: the figures of its last evaluation, the one that counts, and where things lie."""
+
+    metrics: dict[str, float]
+    primary: str
+    weights: Path
+    output: Path
+
+
+def train(config: DetectionConfig, output: Path, *, resume: str | None = None) -> TrainResult:
+    """Train as `config` says, evaluating on the way; every file of the run goes into `output`.
+
+    resume: None, "auto" (the newest checkpoint that is whole, if any) or the path of a checkpoint. Raises InputError for wrong
+    input before the first step, NonFiniteLoss when a loss is nan or infinite, Interrupted after SIGTERM, SIGUSR1 or SIGINT.
+    """
+    with SignalGuard() as signals:
+        process = distributed.setup(chosen_device(config))
+        try:
+            if process.is_main:
+                prepare_output(output, resume=resume)
+            distributed.barrier()
+            return _run(config, output, resume, process, signals)
+        finally:
+            distributed.shutdown()
+
+
+def _run(config: DetectionConfig, output: Path, resume: str | None, process: distributed.Process, signals: SignalGuard) -> TrainResult:
+    settings = config.train
+    seed_everything(settings.seed)
+    train_source, val_source = load_split(config, "train"), load_split(config, "val")
+    detector = build_detector(config, len(train_source.annotations.classes)).to(process.device)
+    if settings.channels_last:
+        detector = detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    base_lr = scaled_lr(settings.lr, batch=settings.batch_size * settings.accumulate, reference_batch=settings.reference_batch)
+    loader, sampler = train_loader(config, train_source, process)
+    state = TrainState(
+        config,
+        detector,
+        optimizer=build_sgd(detector, lr=base_lr, momentum=settings.momentum, weight_decay=settings.weight_decay),
+        precision=Precision(settings.precision, process.device),
+        sampler=sampler,
+        folder=output / "checkpoints",
+        classes=train_source.annotations.classes,
+    )
+    checkpoint = resolve_resume(resume, output / "checkpoints")
+    if checkpoint is not None:
+        state.restore(load_checkpoint(checkpoint), checkpoint)
+    validator = Validator(config, val_source, process=process, precision=state.precision, signals=signals)
+    log = RunLog(output, total_steps=settings.steps, main=process.is_main, resume_step=state.step)
+    with contextlib.closing(log):
+        if process.is_main:
+            write_start_files(output, config)
+        announce(log, config, state, train_source, val_source, base_lr=base_lr, checkpoint=checkpoint)
+        try:
+            timer = _loop(state, loader, validator, log, signals, process, base_lr=base_lr, output=output)
+        except Interrupted:
+            state.save()
+            log.message(f"stopped by a signal at step {state.step}; `--resume auto` goes on from its checkpoint")
+            raise
+        log.message(bottleneck_sentence(timer.total(), workers=config.data.workers, device=process.device.type))
+        return TrainResult(metrics=state.metrics, primary=validator.primary, weights=finish(state, validator, output, log), output=output)
+
+
+def _loop(
+    state: TrainState,
+    loader: torch.utils.data.DataLoader,
+    validator: Validator,
+    log: RunLog,
+    signals: SignalGuard,
+    process: distributed.Process,
+    *,
+    base_lr: float,
+    output: Path,
+) -> StepTimer:
+    """One optimiser step a turn: data, forward, backward, optimiser; then log, evaluate, save, as the step number says."""
+    settings, device, precision = state.config.train, process.device, state.precision
+    model = _parallel(state.detector, process)
+    if settings.compile:
+        state.detector.backbone.compile()
+    timer, batches = StepTimer(device), iter(loader)
+    while True:
+        if state.is_evaluation_due:
+            log.message(f"evaluating step {state.step}")
+            metrics = validator.evaluate(state.evaluated_model)
+            log.metrics(state.step, **{f"eval/{name}": value for name, value in metrics.items()})
+            log.message(f"step {state.step}: {validator.primary} {metrics[validator.primary]:.4f}")
+            state.record(metrics, validator.primary)
+            timer.restart()
+        if state.is_finished:
+            return timer
+        factor = lr_factor(
+            state.step, steps=settings.steps, warmup_steps=settings.warmup_steps, schedule=settings.schedule, milestones=settings.milestones
+        )
+        set_lr(state.optimizer, base_lr * factor)
+        for turn in range(settings.accumulate):
+            is_last = turn + 1 == settings.accumulate
+            with timer.part("data"):
+                batch = next(batches).to(device)
+            with contextlib.nullcontext() if is_last or process.world_size == 1 else model.no_sync():
+                with timer.part("forward"), precision.autocast():
+                    losses: dict[str, Tensor] = model(batch.images, batch.targets)
+                    loss = sum(losses.values()) / settings.accumulate
+                stop_unless_finite(losses, batch, state, output)
+                with timer.part("backward"):
+                    precision.scaler.scale(loss).backward()
+        with timer.part("optimizer"):
+            state.update()
+        timer.count(settings.batch_size * settings.accumulate)
+        if state.step % settings.log_every == 0 or state.step == 1:
+            log_step(log, state, losses, lr=base_lr * factor, window=timer.window(), device=device)
+        if state.step % settings.save_every == 0:
+            state.save()  # before the evaluation, which a kill may cut short; it is made up for on resuming
+        if distributed.any_process(signals.requested is not None):
+            raise Interrupted(signals.requested or 143)
+
+
+def _parallel(detector: nn.Module, process: distributed.Process) -> nn.Module:
+    """The detector, wrapped in DistributedDataParallel where there are several processes."""
+    if process.world_size == 1:
+        return detector
+    device_ids = [process.local_rank] if process.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(detector, device_ids=device_ids, broadcast_buffers=False)

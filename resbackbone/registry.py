@@ -1,0 +1,190 @@
+"""One dict of backbones, a decorator that fills it, and the functions that build from it."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from resbackbone.backbone import Backbone
+from resbackbone.errors import InputError, nearest
+from resbackbone.layers import has_fixed_statistics
+from resbackbone.weights import load_weights
+
+logger = logging.getLogger(__name__)
+ENTRY_POINTS = "resbackbone.backbones"  # a package adds a backbone under this group: `my_net = "my_package.my_net:my_net"`
+FOREIGN = ("timm:", "torchvision:")
+
+Builder = Callable[..., Backbone]
+BuilderType = TypeVar("BuilderType", bound=Builder)
+BACKBONES: dict[str, Builder] = {}
+
+
+def register_backbone(name: str) -> Callable[[BuilderType], BuilderType]:
+    """Decorate a function that builds a Backbone from keyword options (those of `create_backbone` that it names)."""
+
+    def register(builder: BuilderType) -> BuilderType:
+        if name in BACKBONES or name.startswith(FOREIGN):
+            raise InputError(f"a backbone named {name!r} exists already; choose another name")
+        BACKBONES[name] = builder
+        return builder
+
+    return register
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Names that match a shell pattern, installed plug-ins included; `timm:NAME` and `torchvision:NAME` come on top."""
+    names = {*BACKBONES, *(point.name for point in entry_points(group=ENTRY_POINTS))}
+    return sorted(fnmatch.filter(names, pattern))
+
+
+def create_backbone(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    variant: str = "v1.5",
+    norm: str = "batch",
+    freeze_at: int = 0,
+    out_features: Sequence[str] | None = None,
+    output_stride: int = 32,
+    dilation_rule: str = "torchvision",
+    in_channels: int = 3,
+    norm_eps: float | None = None,
+    checkpointing: bool = False,
+    allow_random_frozen: bool = False,
+) -> Backbone:
+    """Build a backbone: images [N, in_channels, H, W] -> ordered feature maps.
+
+    Args:
+        name: one of `list_backbones()`, `timm:NAME`, `torchvision:NAME`, or `MODULE:NAME` for one that MODULE registers.
+        weights: None, a .safetensors or torch file, "torchvision" (downloaded once), or "timm" for timm's own.
+        variant: "v1" strides in a bottleneck's first 1x1 (the paper's release), "v1.5" in its 3x3 (torchvision's weights).
+        norm: batch | frozen (fixed, nothing learns) | eval (fixed statistics, affine learns) | sync | group | none.
+        freeze_at: stages from the bottom that don't learn; 1 = conv1, 2 = conv1 and conv2_x …
+        out_features: the maps to return; None: all.
+        output_stride: 32, or 16 / 8 with dilation.
+        dilation_rule: "torchvision" or "detectron2"; see ResNet.
+        in_channels: of the images.
+        norm_eps: None: the source's own, 1e-5.
+        checkpointing: recompute activations in the backward pass.
+        allow_random_frozen: accept `norm="frozen"` without weights, because a checkpoint is about to be loaded over it.
+
+    Raises InputError for an unknown name or option, and for weights that don't fit.
+    """
+    options: dict[str, Any] = {
+        "variant": variant,
+        "norm": norm,
+        "output_stride": output_stride,
+        "dilation_rule": dilation_rule,
+        "in_channels": in_channels,
+        "norm_eps": norm_eps,
+        "checkpointing": checkpointing,
+    }
+    if name.startswith(FOREIGN):
+        from resbackbone.foreign import create_foreign
+
+        net: Backbone = create_foreign(name, weights=weights, **options)
+    else:
+        net = _build(name, options)
+        _load(net, weights)
+    net.architecture = name
+    _refuse_random_statistics(net, weights, allow_random_frozen)
+    if out_features is not None:
+        net.out_features = tuple(out_features)
+    net.freeze(freeze_at)
+    return net
+
+
+def create_classifier(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    weights: str | Path | None = None,
+    variant: str = "v1.5",
+    norm: str = "batch",
+    in_channels: int = 3,
+    norm_eps: float | None = None,
+    checkpointing: bool = False,
+) -> nn.Module:
+    """Build a whole classifier, [N, in_channels, H, W] -> logits [N, num_classes], with torchvision's state-dict keys."""
+    if num_classes < 1:
+        raise InputError(f"num_classes={num_classes} is not possible; it must be at least 1")
+    options = {
+        "variant": variant,
+        "norm": norm,
+        "in_channels": in_channels,
+        "norm_eps": norm_eps,
+        "checkpointing": checkpointing,
+        "num_classes": num_classes,
+    }
+    net = _build(name, options)
+    _load(net, weights)
+    _refuse_random_statistics(net, weights, allowed=False)
+    return net
+
+
+def _find_builder(name: str) -> Builder:
+    if name in BACKBONES:
+        return BACKBONES[name]
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            return point.load()
+    if name.startswith(FOREIGN):
+        raise InputError(f"{name}: a classifier of another library is built by that library; create_backbone takes this name")
+    module, colon, registered = name.rpartition(":")
+    if colon:
+        _import(module, name)
+        name = registered
+    if name not in BACKBONES:
+        raise InputError(
+            f"there is no backbone {name!r};{nearest(name, list_backbones())} choose from {', '.join(list_backbones())}, "
+            "timm:NAME, torchvision:NAME, or MODULE:NAME for one that a module of yours registers"
+        )
+    return BACKBONES[name]
+
+
+def _import(module: str, name: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there; something it needs isn't
+        raise InputError(f"backbone {name!r}: there is no module {module!r}; put the folder that holds it on PYTHONPATH") from error
+
+
+def _build(name: str, options: dict[str, Any]) -> Backbone:
+    """Call the builder with the options it names; one it doesn't name must have its default."""
+    builder = _find_builder(name)
+    parameters = inspect.signature(builder).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    given = {option: value for option, value in options.items() if takes_all or option in parameters}
+    defaults = {option: parameter.default for option, parameter in inspect.signature(create_backbone).parameters.items()}
+    for option in options.keys() - given.keys():
+        if option not in defaults or options[option] != defaults[option]:
+            raise InputError(f"backbone {name!r} has no option {option}; leave it at {defaults.get(option)!r}, not {options[option]!r}")
+    net = builder(**given)
+    net.architecture = name
+    return net
+
+
+def _load(net: Backbone, weights: str | Path | None) -> None:
+    if weights is None:
+        return
+    net.weights = weights
+    net.load_report = str(load_weights(net, weights))
+    logger.info("%s: %s", net.architecture, net.load_report)
+
+
+def _refuse_random_statistics(net: Backbone, weights: str | Path | None, allowed: bool) -> None:
+    if weights is None and not allowed and has_fixed_statistics(net):
+        raise InputError(
+            f"{net.architecture}: norm 'frozen' or 'eval' needs weights, for without them its statistics are those of no data; "
+            "give weights (torchvision, or a file), or take norm 'group' or 'batch'"
+        )

@@ -1,0 +1,1 @@
+"""What both trainers share; it is handed models, loaders and losses and knows none."""

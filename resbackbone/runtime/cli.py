@@ -1,0 +1,59 @@
+"""How every tool ends: one message and an exit code for what the user or a signal did, a traceback only for our own mistakes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from resbackbone.errors import InputError
+from resbackbone.runtime.nonfinite import NonFiniteLoss
+from resbackbone.runtime.signals import Interrupted
+
+EXIT_INPUT, EXIT_NONFINITE, EXIT_KEYBOARD, EXIT_BROKEN_PIPE = 1, 3, 130, 141
+
+
+def run_tool(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
+    """Run a tool's `main` and return its exit code: 0 done, 1 wrong input, 3 non-finite loss, 130/143 after a signal.
+
+    argparse's own usage errors stay SystemExit(2). `--debug` is taken out of the arguments and shows the traceback of any error.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        return int(main([argument for argument in arguments if argument != "--debug"]) or 0)
+    except BrokenPipeError:
+        return _leave_broken_pipe()
+    except (InputError, NonFiniteLoss, Interrupted, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        if debug:
+            raise
+        code, message = _explain(error)
+        print(f"{_rank_prefix()}{message}", file=sys.stderr, flush=True)
+        return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, Interrupted):
+        return error.exit_code, str(error)
+    if isinstance(error, NonFiniteLoss):
+        return EXIT_NONFINITE, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_KEYBOARD, "stopped from the keyboard"
+    if isinstance(error, torch.OutOfMemoryError):
+        detail = str(error).splitlines()[0]
+        return EXIT_INPUT, f"error: the GPU has too little memory ({detail}); lower the batch or image size, or use train.precision=bf16"
+    return EXIT_INPUT, f"error: {error}"
+
+
+def _rank_prefix() -> str:
+    # Every process of a torchrun prints its own error; the main one needs no mark.
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[process {rank}] "
+
+
+def _leave_broken_pipe() -> int:
+    # The reader (head, less) is gone; without this, Python would complain once more when it flushes at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_BROKEN_PIPE

@@ -1,0 +1,123 @@
+"""One process or many, on one machine or several: everything here does nothing special when there is only one."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from resbackbone.errors import InputError
+
+# Evaluation on the main process may keep the others waiting; the default of ten minutes would kill such a run.
+TIMEOUT = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """Which process this is: `rank` of `world_size` over all machines, `local_rank` on this one."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and talks."""
+        return self.rank == 0
+
+
+def setup(device: str | None = None) -> Process:
+    """Join the processes that torchrun started (gloo on CPU, nccl on CUDA), or be the only one.
+
+    `device`: "cpu" or "cuda"; by default CUDA where there is one. Raises InputError for more processes than this machine has GPUs.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda' was asked for, but torch finds no GPU here; use the CPU, or install torch with CUDA")
+    world_size, rank, local_rank = _torchrun_number("WORLD_SIZE", 1), _torchrun_number("RANK", 0), _torchrun_number("LOCAL_RANK", 0)
+    chosen = _select_gpu(local_rank) if kind == "cuda" else torch.device(kind)
+    if world_size > 1 and not dist.is_initialized():
+        # Objects and flags travel over gloo even where tensors use nccl: that needs no wait for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return Process(rank=rank, world_size=world_size, local_rank=local_rank, device=chosen)
+
+
+def shutdown() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is number 0."""
+    return rank() == 0
+
+
+def mean_across_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a float tensor over all processes, on each of them; the tensor itself where there is one. Carries no gradient."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """`[item of rank 0, item of rank 1, …]`, on every process. The items are pickled, so they must be small and our own."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        # Not dist.barrier: under nccl that guesses a device and waits for its stream.
+        dist.all_reduce(torch.zeros(1))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true on any process; every process gets the same answer."""
+    if world_size() == 1:
+        return flag
+    raised = torch.tensor([int(flag)])
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
+def _torchrun_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(
+            f"the environment has {name}={text!r}, which should be a whole number; start several processes with torchrun"
+        ) from None
+
+
+def _select_gpu(local_rank: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise InputError(
+            f"process {local_rank} of this machine has no GPU: there are {count}; start torchrun with --nproc_per_node={count}"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

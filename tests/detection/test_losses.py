@@ -1,0 +1,62 @@
+"""Loss terms worked by hand, and the divisor that makes many processes one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from detection import losses
+from detection.losses import mask_loss, roi_losses, rpn_losses, shared_count
+
+
+def test_rpn_by_hand():
+    logits = torch.tensor([0.0, 0.0, 0.0, 0.0])
+    deltas, wanted = torch.tensor([[0.0, 0.0, 1.0, 1 / 18]]), torch.zeros((1, 4))
+    terms = rpn_losses(logits, torch.tensor([True, False, False, False]), deltas, wanted, count=torch.tensor(4.0))
+    assert terms["rpn_objectness"].item() == pytest.approx(math.log(2))
+    # Straight at 1: 1 - 1/18; square at 1/18: 0.5 · (1/18)² · 9.
+    assert terms["rpn_box"].item() == pytest.approx((1 - 1 / 18 + 4.5 / 18**2) / 4)
+
+
+def test_roi_by_hand():
+    logits = torch.zeros((2, 3))
+    deltas = torch.zeros((2, 12))
+    deltas[0, 8] = 2.0  # class 2, the right one
+    deltas[0, 4] = 100.0  # class 1, not asked
+    deltas[1] = 100.0  # background has no box
+    terms = roi_losses(logits, torch.tensor([2, 0]), deltas, torch.zeros((1, 4)), count=torch.tensor(2.0))
+    assert terms["roi_class"].item() == pytest.approx(math.log(3))
+    assert terms["roi_box"].item() == pytest.approx((2 - 1 / 18) / 2)
+
+
+def test_mask_by_hand():
+    logits = torch.zeros((1, 3, 2, 2))
+    logits[0, 1] = 100.0  # another class doesn't count
+    terms = mask_loss(logits, torch.tensor([2]), torch.tensor([[[1.0, 0.0], [0.5, 1.0]]]), count=torch.tensor(1.0))
+    assert terms["mask"].item() == pytest.approx(math.log(2))
+
+
+def test_nothing_sampled_is_zero():
+    count = shared_count(0, like=torch.zeros(1), across_processes=False)
+    empty = torch.zeros((0, 4))
+    none = torch.zeros((0,), dtype=torch.int64)
+    terms = rpn_losses(torch.zeros(0), none.bool(), empty, empty, count=count)
+    terms |= roi_losses(torch.zeros((0, 3)), none, torch.zeros((0, 12)), empty, count=count)
+    terms |= mask_loss(torch.zeros((0, 3, 28, 28)), none, torch.zeros((0, 28, 28)), count=count)
+    assert set(terms) == {"rpn_objectness", "rpn_box", "roi_class", "roi_box", "mask"}
+    assert all(value.item() == 0 for value in terms.values())
+
+
+def test_count_is_shared_only_where_processes_train_together(monkeypatch):
+    monkeypatch.setattr(losses, "mean_across_processes", lambda value: (value + 20) / 2)  # another process has sampled 20
+    assert shared_count(10, like=torch.zeros(1), across_processes=True).item() == 15
+    assert shared_count(10, like=torch.zeros(1), across_processes=False).item() == 10
+
+
+def test_half_precision_logits_are_summed_in_full():
+    logits = torch.full((3000,), 0.1, dtype=torch.bfloat16)
+    terms = rpn_losses(logits, torch.ones(3000, dtype=torch.bool), torch.zeros((0, 4)), torch.zeros((0, 4)), count=torch.tensor(3000.0))
+    assert terms["rpn_objectness"].dtype == torch.float32
+    assert terms["rpn_objectness"].item() == pytest.approx(math.log(1 + math.exp(-logits[0].item())), rel=1e-5)
