@@ -4,71 +4,104 @@ Every output bin is a weighted sum of a few pixels. With features as rows of a t
 vectorised over channels; the gradient is the transposed bag: for each pixel, the weighted sum of the bins that read it. Sorting
 makes that a gather too, so it is parallel, deterministic and writes each row once.
 
-R boxes, P bins a side, n samples a bin and side, T rows of the table, C channels.
+N images, R regions, P bins a side, B = R · P · P bins in all, n samples a bin and side, K = 4 n² taps a bin, T rows of the table,
+C channels. Indices are int32: half the bytes to sort and to read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHANNELS_AT_A_TIME = 128  # of a gradient that must be turned into rows: the buffer stays small enough for malloc to give it again
 
 
-class WeightedRows(torch.autograd.Function):
-    """out[b] = sum over k of weights[b, k] · table[rows[b, k]]; differentiable in `table` only, since boxes carry no gradient here."""
+def bag_align(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    *,
+    image: Tensor,
+    level: Tensor,
+    scales: Sequence[float],
+    bins: int,
+    samples: int,
+    aligned: bool = False,
+) -> Tensor:
+    """RoIAlign of every box from its own image and level, in one gather.
+
+    maps: one (N, C, h, w) a level; boxes: (R, 4) xyxy in image pixels; image, level: (R,) int64; scales: a level's cells per image
+    pixel. samples: n ≥ 1. aligned: shift by half a cell (Detectron2); without it boxes are at least one cell long. Returns
+    (R, C, P, P), channels last in memory, in the dtype of `maps`; sums are taken in float32 at least.
+    """
+    rows_last = [features.permute(0, 2, 3, 1) for features in maps]  # no copy where the maps are channels last
+    flat = [features.reshape(-1, features.shape[-1]) for features in rows_last]
+    table = flat[0] if len(flat) == 1 else torch.cat(flat)
+    cells = torch.tensor([len(rows) for rows in flat])
+    heights, widths = torch.tensor([features.shape[1:3] for features in rows_last]).unbind(1)
+    first_row = (cells.cumsum(0) - cells)[level] + image * (heights * widths)[level]
+    scaled = boxes * torch.tensor(scales, dtype=boxes.dtype)[level, None] - (0.5 if aligned else 0.0)
+    least = 0.0 if aligned else 1.0
+    y_cells, y_weights = _axis_taps(scaled[:, 1], scaled[:, 3], heights[level], bins=bins, samples=samples, least=least)
+    x_cells, x_weights = _axis_taps(scaled[:, 0], scaled[:, 2], widths[level], bins=bins, samples=samples, least=least)
+    y_rows = y_cells * widths[level, None, None].int() + first_row[:, None, None].int()
+    rows = y_rows[:, :, None, :, None] + x_cells[:, None, :, None, :]
+    weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]
+    return _WeightedRows.apply(table, rows.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2).to(table.dtype), bins)
+
+
+def _axis_taps(low: Tensor, high: Tensor, size: Tensor, *, bins: int, samples: int, least: float) -> tuple[Tensor, Tensor]:
+    """Bilinear taps along one axis: cells (R, P, 2 n) int32 and weights, the average over the bin's samples included.
+
+    torchvision's arithmetic, in its order: samples farther than one cell outside count as zero, nearer ones as the border.
+    A coordinate that is not a number gives such weights, on cells that exist.
+    """
+    length = high - low
+    step = (length.clamp(min=least) if least else length)[:, None, None] / bins
+    bin_number, sample_number = (torch.arange(count, dtype=low.dtype) for count in (bins, samples))
+    position = low[:, None, None] + bin_number[:, None] * step + (sample_number + 0.5) * step / samples
+    size = size[:, None, None]
+    counts = ((position < -1.0) | (position > size)).logical_not() / samples
+    position = torch.minimum(position.clamp(min=0.0), size - 1)
+    first = position.int().clamp(min=0)
+    second = torch.minimum(first + 1, size.int() - 1)
+    fraction = position - first
+    weights = torch.stack((1 - fraction, fraction), dim=-1) * counts[..., None]
+    return torch.stack((first, second), dim=-1).flatten(2), weights.flatten(2)
+
+
+class _WeightedRows(torch.autograd.Function):
+    """Bin b = sum over k of weights[b, k] · table[rows[b, k]]; differentiable in `table` only, since boxes carry no gradient here."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        """table: (T, C); rows: (B, K) int64; weights: (B, K). Returns (B, C)."""
+    def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor, bins: int) -> Tensor:
+        """table: (T, C); rows, weights: (B, K). Returns (R, C, P, P), channels last."""
         ctx.save_for_backward(rows, weights)
         ctx.table_rows = len(table)
-        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+        pooled = F.embedding_bag(rows, table.detach(), per_sample_weights=weights, mode="sum")
+        return pooled.view(-1, bins, bins, table.shape[1]).permute(0, 3, 1, 2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         """The transposed bag: entries sorted by the row they read."""
         rows, weights = ctx.saved_tensors
         flat = rows.flatten()
-        order = flat.to(torch.int32).argsort(stable=True)  # half the bytes to sort; stable, so that sums have one order
+        order = flat.argsort(stable=True)  # stable, so that every sum has one order
         counts = torch.bincount(flat, minlength=ctx.table_rows)
-        starts = counts.cumsum(0) - counts
-        bins = order // rows.shape[1]
-        table_grad = F.embedding_bag(bins, grad.contiguous(), starts, mode="sum", per_sample_weights=weights.flatten()[order])
-        return table_grad, None, None
+        starts = (counts.cumsum(0) - counts).int()
+        by_row, bins = weights.flatten()[order], order.int() // rows.shape[1]
+        parts = [F.embedding_bag(bins, block, starts, mode="sum", per_sample_weights=by_row) for block in _as_rows(grad)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None, None, None
 
 
-def bag_rows(boxes: Tensor, first_row: Tensor, grid: tuple[Tensor, Tensor], *, bins: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Which rows each bin reads, and with what weights: (R · P · P, 4 n²) int64 and float32.
-
-    boxes: (R, 4) in cells of each box's own feature map; first_row: (R,) where that map of that image begins in the table; grid: its
-    (heights, widths), each (R,) int64.
-    """
-    heights, widths = grid
-    y_cells, y_weights = _along_axis(boxes[:, 1], boxes[:, 3], heights, bins, samples)
-    x_cells, x_weights = _along_axis(boxes[:, 0], boxes[:, 2], widths, bins, samples)
-    count, taps = len(boxes), 2 * samples
-    y_rows = y_cells * widths[:, None, None] + first_row[:, None, None]
-    rows = y_rows.view(count, bins, 1, taps, 1) + x_cells.view(count, 1, bins, 1, taps)
-    weights = y_weights.view(count, bins, 1, taps, 1) * x_weights.view(count, 1, bins, 1, taps)
-    return rows.reshape(-1, taps * taps), weights.reshape(-1, taps * taps)
-
-
-def _along_axis(low: Tensor, high: Tensor, size: Tensor, bins: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Bilinear taps along one axis: cells (R, P, 2 n) int64 and their weights, the average over the bin's samples included.
-
-    As in torchvision (aligned=False): boxes are at least one cell long, samples farther than one cell outside count as zero.
-    """
-    step = (high - low).clamp(min=1.0) / bins
-    offsets = (torch.arange(bins * samples, dtype=low.dtype, device=low.device) + 0.5) / samples
-    position = low[:, None] + offsets * step[:, None]
-    size = size[:, None]
-    inside = (position >= -1.0) & (position <= size)
-    position = position.clamp(min=0.0)
-    first = torch.minimum(position.long(), size - 1)
-    second = torch.minimum(first + 1, size - 1)
-    fraction = torch.where(first >= size - 1, torch.zeros_like(position), position - first)
-    weight = torch.stack((1 - fraction, fraction), dim=-1) * inside[..., None] / samples
-    shape = (len(low), bins, 2 * samples)
-    return torch.stack((first, second), dim=-1).view(shape), weight.view(shape)
+def _as_rows(grad: Tensor) -> Iterator[Tensor]:
+    """(R, C, P, P) as (B, C) in one piece where it lies so in memory, else as copies of some channels at a time."""
+    channels_last = grad.permute(0, 2, 3, 1)
+    at_a_time = grad.shape[1] if channels_last.is_contiguous() else CHANNELS_AT_A_TIME
+    for block in channels_last.split(at_a_time, dim=3):
+        yield block.reshape(-1, block.shape[3])

@@ -91,7 +91,9 @@ def _single_map(backbone: Backbone, model: ModelConfig) -> tuple[Backbone, nn.Mo
     of_stride_16 = [name for name, info in backbone.feature_info.items() if info.stride == 16]
     if not of_stride_16:
         strides = {name: info.stride for name, info in backbone.feature_info.items()}
-        raise InputError(f"model.head={model.head} needs a feature map of stride 16; {model.backbone.name} has {strides}. Use model.head=fpn")
+        raise InputError(
+            f"model.head={model.head} needs a feature map of stride 16; {model.backbone.name} has {strides}. Use model.head=fpn"
+        )
     backbone.out_features = (of_stride_16[-1],)
     backbone.trim()
     pool_size = model.roi.pool_size or 7

@@ -16,8 +16,6 @@ from resbackbone.runtime.config import load_config, load_config_text
 if TYPE_CHECKING:
     from detection.data.loader import BatchLoader
     from detection.data.source import Source
-    from detection.faster_rcnn import FasterRCNN
-    from resbackbone.backbone import Preprocessing
     from resbackbone.runtime.distributed import Process
     from resbackbone.runtime.sampler import ResumableBatchSampler
 
@@ -155,7 +153,7 @@ def parse_detection_config(text: str, *, source: str, overrides: Sequence[str] =
 
 
 def chosen_device(config: DetectionConfig) -> str | None:
-    """"cpu" or "cuda" where the config says so; None lets torch choose."""
+    """ "cpu" or "cuda" where the config says so; None lets torch choose."""
     return None if config.train.device == "auto" else config.train.device
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from detection.config import DetectionConfig
 from detection.data.source import Source
 from detection.draw import draw_detections, save_image
-from detection.evaluation.results import Record, write_results
+from detection.evaluation.results import Record, write_metrics, write_results
 from detection.predict import detector_metadata
 from detection.train_state import TrainState
 from detection.validate import Validator
@@ -20,7 +19,6 @@ from resbackbone.runtime.checkpoint import save_weights
 from resbackbone.runtime.config import save_config
 from resbackbone.runtime.log import RunLog, write_environment
 from resbackbone.runtime.timing import Window, peak_memory_mb
-
 
 _SPLIT_NAMES = {"data": "data_wait", "forward": "forward", "backward": "backward", "optimizer": "optimizer"}  # shares of the time
 
@@ -84,25 +82,25 @@ def finish(state: TrainState, validator: Validator, output: Path, log: RunLog) -
     if distributed.is_main():
         save_weights(weights, state.evaluated_model.state_dict(), detector_metadata(state.config, state.classes, state.evaluated_model))
         if validator.records:  # empty where a finished run was resumed: its files are there already
-            write_evaluation(output / "eval", validator.source, validator.records, state.metrics)
+            write_evaluation(output, validator.source, validator.records, state.metrics)
             draw_samples(output / "samples", validator.source, validator.records, count=state.config.eval.samples)
         log.message(f"weights: {weights}")
     distributed.barrier()
     return weights
 
 
-def write_evaluation(folder: Path, source: Source, records: list[Record], metrics: dict[str, float]) -> None:
+def write_evaluation(output: Path, source: Source, records: list[Record], metrics: dict[str, float]) -> None:
     """eval/detections.json in the benchmark's own format and eval/metrics.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_results(folder / "detections.json", source, records)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_results(output / "eval" / "detections.json", source, records)
+    write_metrics(output, metrics)
 
 
 def draw_samples(folder: Path, source: Source, records: list[Record], *, count: int, threshold: float = 0.5) -> None:
     """Draw detections above `threshold` and the truth into the first `count` validation images that have objects."""
     folder.mkdir(parents=True, exist_ok=True)
     annotations = source.annotations
-    with_objects = [record for record in sorted(records, key=lambda record: record.index) if len(annotations.of_image(record.index))]
+    with_objects = [record for record in sorted(records, key=lambda record: record.index) if annotations.num_objects()[record.index]]
     for record in with_objects[:count]:
-        picture = draw_detections(source.read_image(record.index), record.detections, annotations.classes, threshold=threshold)
+        truth = annotations.boxes[annotations.of_image(record.index)]
+        picture = draw_detections(source.read_image(record.index), record.detections, annotations.classes, threshold=threshold, truth=truth)
         save_image(folder / f"{record.image_id}.jpg", picture)

@@ -40,7 +40,9 @@ def expand(inputs: list[str]) -> list[str]:
         else:
             found += sorted(glob.glob(given, recursive=True))
     if not found:
-        raise InputError(f"no image or video at {' '.join(inputs)}; give files, a folder with {', '.join(sorted(IMAGES))}, or a camera number")
+        raise InputError(
+            f"no image or video at {' '.join(inputs)}; give files, a folder with {', '.join(sorted(IMAGES))}, or a camera number"
+        )
     return found
 
 

@@ -16,6 +16,7 @@ from torchvision.ops import roi_align
 from detection.losses import mask_loss, shared_count
 from detection.roi_head import Regions
 from detection.structures import Detections, Target
+from resbackbone.errors import InputError
 
 
 class MaskHead(nn.Module):
@@ -30,7 +31,7 @@ class MaskHead(nn.Module):
         self.conv5_mask = nn.ConvTranspose2d(width, width, 2, 2)
         self.mask_fcn_logits = nn.Conv2d(width, num_classes + 1, 1)
         for layer in (*self.convs, self.conv5_mask, self.mask_fcn_logits):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         for layer in self.convs:
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
@@ -74,7 +75,8 @@ class MaskHead(nn.Module):
 
 def cut_masks(target: Target, matches: Tensor, boxes: Tensor, *, side: int) -> Tensor:
     """(P, side, side) float: for each box (P, 4) the mask of its object, `target.masks[matches]`, cut out and resized by RoIAlign."""
-    assert target.masks is not None, "the mask branch needs targets with masks"
+    if target.masks is None:
+        raise InputError(f"image {target.image_id} has no masks to train the mask branch on; set model.mask=false or annotate them")
     rois = torch.cat((matches[:, None].to(boxes.dtype), boxes), dim=1)
     return roi_align(target.masks[:, None].to(boxes.dtype), rois, (side, side), 1.0)[:, 0]
 

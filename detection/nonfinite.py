@@ -34,7 +34,9 @@ def stop_unless_finite(losses: dict[str, Tensor], batch: Batch, state: TrainStat
     if not finite:
         from detection.predict import detector_metadata
 
-        save_weights(folder / "model.safetensors", state.detector.state_dict(), detector_metadata(state.config, state.classes, state.detector))
+        save_weights(
+            folder / "model.safetensors", state.detector.state_dict(), detector_metadata(state.config, state.classes, state.detector)
+        )
         write_nonfinite_report(
             output,
             step=state.step + 1,

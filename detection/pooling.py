@@ -1,18 +1,19 @@
 """Regions to features of one size: RoIAlign (He et al. 2017, Mask R-CNN, §3) or RoIPool (Girshick 2015, §2.1), over one map or a pyramid.
 
-R regions over all images, C channels, P the output's side.
+N images, R regions over all of them, C channels, P the output's side.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align, roi_pool
 
-from detection.bag_align import WeightedRows, bag_rows
+from detection.bag_align import bag_align
 from resbackbone.backbone import FeatureInfo
 from resbackbone.errors import InputError, nearest
 
@@ -24,58 +25,68 @@ class RegionPooler(nn.Module):
     """Pools each box from the level its size calls for."""
 
     def __init__(
-        self, feature_info: Mapping[str, FeatureInfo], *, op: str = "align", output_size: int = 7, samples: int = 2, use_bags: bool = True
+        self,
+        feature_info: Mapping[str, FeatureInfo],
+        *,
+        op: str = "align",
+        output_size: int = 7,
+        sampling_ratio: int = 2,
+        aligned: bool = False,
+        compiled_op: bool = False,
     ) -> None:
-        """feature_info: the levels to pool from, finest first. samples: a bin and side, for align. use_bags: False takes torchvision's
-        operator on the CPU too."""
+        """feature_info: the levels to pool from, finest first, each of twice the stride before it.
+
+        sampling_ratio: samples a bin and side for align; 0: as many as a bin has cells. aligned: half a cell's shift, as Detectron2
+        has it; torchvision's weights were trained without. compiled_op: torchvision's operator on the CPU too, as export wants it.
+        """
         super().__init__()
         if op not in OPS:
             raise InputError(f"roi op {op!r} is not known;{nearest(op, OPS)} choose from {', '.join(OPS)}")
-        self.names, self.strides = tuple(feature_info), tuple(info.stride for info in feature_info.values())
-        self.op, self.output_size, self.samples, self.use_bags = op, output_size, samples, use_bags
+        strides = {name: info.stride for name, info in feature_info.items()}
+        if not strides or any(2 * fine != coarse for fine, coarse in pairwise(strides.values())):
+            raise InputError(f"regions are pooled from levels whose strides double, finest first; these have {strides}: choose others")
+        self.names, self.strides = tuple(strides), tuple(strides.values())
+        self.op, self.output_size = op, output_size
+        self.sampling_ratio, self.aligned, self.compiled_op = sampling_ratio, aligned, compiled_op
 
     def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """features: level → (N, C, h, w); boxes: an (R_i, 4) an image, xyxy in its pixels. Returns (R, C, P, P)."""
+        """features: level → (N, C, h, w); boxes: an (R_i, 4) an image, xyxy in its pixels. Returns (R, C, P, P) in the dtype of features.
+
+        image_sizes is not needed: strides are known. It is there for poolers that are given only maps.
+        """
         maps = [features[name] for name in self.names]
-        together = torch.cat(list(boxes)).float()
-        counts = torch.tensor([len(part) for part in boxes])
-        image = torch.repeat_interleave(torch.arange(len(boxes)), counts).to(together.device)
+        image = torch.cat([torch.full_like(part[:, 0], number, dtype=torch.int64) for number, part in enumerate(boxes)])
+        together = torch.cat(list(boxes))
+        together = together.to(torch.promote_types(maps[0].dtype, torch.float32))  # bfloat16 has whole pixels to 256 only
         level = self.levels_of(together)
-        if self.op == "align" and self.use_bags and maps[0].device.type == "cpu":
-            return self._bags(maps, together, image, level)
-        return self._operator(maps, together, image, level)
+        if self._takes_bags(maps[0]):
+            scales = [1 / stride for stride in self.strides]
+            options = {"bins": self.output_size, "samples": self.sampling_ratio, "aligned": self.aligned}
+            return bag_align(maps, together, image=image, level=level, scales=scales, **options)
+        return self._operator(maps, torch.cat((image[:, None].to(together.dtype), together), dim=1), level)
 
     def levels_of(self, boxes: Tensor) -> Tensor:
         """(R,) which level, by position in `names`, each box is pooled from (FPN, eq. 1, with torchvision's rounding)."""
-        if len(self.names) == 1:
-            return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
         side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-        finest, coarsest = int(math.log2(self.strides[0])), int(math.log2(self.strides[-1]))
         exponent = torch.floor(math.log2(CANONICAL_STRIDE) + torch.log2(side / CANONICAL_SIDE) + 1e-6)
-        return exponent.clamp(finest, coarsest).long() - finest
+        position = exponent - math.floor(math.log2(self.strides[0]))
+        return position.nan_to_num().clamp(0, len(self.strides) - 1).long()
 
-    def _bags(self, maps: Sequence[Tensor], boxes: Tensor, image: Tensor, level: Tensor) -> Tensor:
-        """One table of all levels' cells, one gather for all boxes."""
-        channels = maps[0].shape[1]
-        table = torch.cat([features.permute(0, 2, 3, 1).reshape(-1, channels) for features in maps]).float()
-        heights, widths = (torch.tensor([features.shape[axis] for features in maps]) for axis in (2, 3))
-        cells = torch.tensor([len(features) * features.shape[2] * features.shape[3] for features in maps])
-        starts = cells.cumsum(0) - cells
-        first_row = starts[level] + image * (heights * widths)[level]
-        scaled = boxes / torch.tensor(self.strides, dtype=boxes.dtype)[level, None]
-        side = self.output_size
-        rows, weights = bag_rows(scaled, first_row, (heights[level], widths[level]), bins=side, samples=self.samples)
-        return WeightedRows.apply(table, rows, weights).view(-1, side, side, channels).permute(0, 3, 1, 2)
+    def _takes_bags(self, features: Tensor) -> bool:
+        """On a GPU the compiled operator is the fast one, and only it has adaptive sampling and RoIPool."""
+        return self.op == "align" and self.sampling_ratio > 0 and features.device.type == "cpu" and not self.compiled_op
 
-    def _operator(self, maps: Sequence[Tensor], boxes: Tensor, image: Tensor, level: Tensor) -> Tensor:
-        rois = torch.cat((image[:, None].to(boxes.dtype), boxes), dim=1)
-        pooled = boxes.new_zeros((len(boxes), maps[0].shape[1], self.output_size, self.output_size))
+    def _operator(self, maps: Sequence[Tensor], rois: Tensor, level: Tensor) -> Tensor:
+        """rois: (R, 5), the image's number before each box. torchvision's operators, in float32 as under its autocast."""
+        if len(maps) == 1:
+            return self._pool(maps[0].to(rois.dtype), rois, 1 / self.strides[0]).to(maps[0].dtype)
+        pooled = rois.new_zeros((len(rois), maps[0].shape[1], self.output_size, self.output_size))
         for number, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.nonzero(level == number).flatten()
-            pooled = pooled.index_copy(0, chosen, self._pool(features.float(), rois[chosen], 1 / stride))
-        return pooled
+            pooled = pooled.index_copy(0, chosen, self._pool(features.to(rois.dtype), rois[chosen], 1 / stride))
+        return pooled.to(maps[0].dtype)
 
     def _pool(self, features: Tensor, rois: Tensor, scale: float) -> Tensor:
         if self.op == "pool":
             return roi_pool(features, rois, self.output_size, scale)
-        return roi_align(features, rois, self.output_size, scale, self.samples)
+        return roi_align(features, rois, self.output_size, scale, self.sampling_ratio, self.aligned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detection.build import build_detector
-from detection.config import DetectionConfig, chosen_device, load_split, parse_detection_config
+from detection.config import DetectionConfig, chosen_device, load_detection_config, parse_detection_config
 from detection.data.images import resize_image, resized_size
 from detection.faster_rcnn import FasterRCNN
 from detection.structures import Detections
@@ -80,6 +80,11 @@ def config_from_weights(path: Path, overrides: Sequence[str] = ()) -> DetectionC
     return parse_detection_config(read_detector_file(path).config, source=f"the config inside {path}", overrides=overrides)
 
 
+def resolve_config(path: Path | None, weights: Path, overrides: Sequence[str] = ()) -> DetectionConfig:
+    """The config of a file, or, where `path` is None, the one inside the weights; with overrides."""
+    return config_from_weights(weights, overrides) if path is None else load_detection_config(path, overrides)
+
+
 def load_detector(config: DetectionConfig, weights: Path, *, device: torch.device) -> tuple[FasterRCNN, tuple[str, ...]]:
     """The detector `config` describes with the weights of `weights`, in eval mode on `device`, and its class names.
 
@@ -118,30 +123,3 @@ class Predictor:
         with self.precision.autocast():
             (found,) = self.detector.detect([pixels])
         return found.scaled(size, (height, width)).to("cpu")
-
-
-def evaluate_weights(
-    config: DetectionConfig, weights: Path, *, output: Path | None = None, log: Callable[[str], None] = print
-) -> dict[str, float]:
-    """Run a trained detector over the validation split of `config` and score it; under torchrun each process takes its share.
-
-    Writes eval/detections.json and eval/metrics.json below `output` where one is given.
-    """
-    from detection.finish import write_evaluation
-    from detection.validate import Validator
-
-    process = distributed.setup(chosen_device(config))
-    try:
-        source = load_split(config, "val")
-        detector, classes = load_detector(config, weights, device=process.device)
-        if tuple(source.annotations.classes) != classes:
-            raise InputError(f"{weights} knows the classes {list(classes)[:4]} …, the data has {list(source.annotations.classes)[:4]} …")
-        if process.is_main:
-            log(f"{weights}: {config.model.backbone.name} {config.model.head} on {len(source.annotations)} images")
-        validator = Validator(config, source, process=process, precision=Precision(config.train.precision, process.device))
-        metrics = validator.evaluate(detector, with_loss=False)
-        if output is not None and process.is_main:
-            write_evaluation(output / "eval", source, validator.records, metrics)
-        return metrics
-    finally:
-        distributed.shutdown()

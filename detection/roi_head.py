@@ -56,7 +56,14 @@ class TwoFCHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """pooled: (R, C, P, P). Returns (R, width)."""
-        return F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
+        weight, rows = self.fc6.weight, pooled.permute(0, 2, 3, 1)
+        if rows.is_contiguous() and len(rows) > len(weight):
+            # Regions come with their channels last in memory; here turning the weight round moves less than turning each of them.
+            weight = weight.unflatten(1, pooled.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+            hidden = F.relu(F.linear(rows.flatten(1), weight, self.fc6.bias))
+        else:
+            hidden = F.relu(self.fc6(pooled.flatten(1)))
+        return F.relu(self.fc7(hidden))
 
 
 class RoIHead(nn.Module):

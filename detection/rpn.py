@@ -67,7 +67,7 @@ class ProposalNetwork(nn.Module):
         self.bbox_pred = nn.Conv2d(in_channels, 4 * anchors.per_position, 1)
         for layer in (self.conv, self.cls_logits, self.bbox_pred):
             nn.init.normal_(layer.weight, std=0.01)  # Ren et al. 2015, §3.1.3
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.anchors = anchors
         self.train_limits, self.test_limits, self.nms_iou = train_limits, test_limits, nms_iou
         self.samples, self.positive_fraction, self.match_iou = samples, positive_fraction, match_iou

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from detection.build import build_detector
 from detection.config import DetectionConfig, chosen_device, load_split, train_loader
+from detection.data.source import check_same_classes
 from detection.finish import announce, finish, log_step, write_start_files
 from detection.nonfinite import stop_unless_finite
 from detection.train_state import TrainState
@@ -60,6 +61,7 @@ def _run(config: DetectionConfig, output: Path, resume: str | None, process: dis
     settings = config.train
     seed_everything(settings.seed)
     train_source, val_source = load_split(config, "train"), load_split(config, "val")
+    check_same_classes(train_source, val_source)
     detector = build_detector(config, len(train_source.annotations.classes)).to(process.device)
     if settings.channels_last:
         detector = detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 from detection.config import DetectionConfig, eval_loader
 from detection.data.source import Source
 from detection.evaluation.evaluate import evaluate_source, primary_metric
-from detection.evaluation.results import Record, merge_records
+from detection.evaluation.results import Record, encode_masks, merge_records
 from detection.faster_rcnn import FasterRCNN
+from detection.mask_head import paste_masks
+from detection.structures import Detections, Target
 from resbackbone.runtime import distributed
 from resbackbone.runtime.distributed import Process
 from resbackbone.runtime.precision import Precision
@@ -61,8 +64,7 @@ class Validator:
                         found = detector.detect(batch.images)
                 for image, target, detections in zip(batch.images, batch.targets, found, strict=True):
                     seen_size = (image.shape[-2], image.shape[-1])
-                    original = detections.scaled(seen_size, target.original_size).to("cpu")
-                    records.append(Record(image_id=target.image_id, index=target.index, size=target.original_size, detections=original))
+                    records.append(_record(target, detections.scaled(seen_size, target.original_size).to("cpu")))
         finally:
             detector.train(was_training)
         return records, losses
@@ -70,6 +72,15 @@ class Validator:
     def _leave_if_asked(self) -> None:
         if self.signals is not None and distributed.any_process(self.signals.requested is not None):
             raise Interrupted(self.signals.requested or 143)
+
+
+def _record(target: Target, found: Detections) -> Record:
+    """Masks are run-length coded at once: a hundred of 28 × 28 probabilities an image would fill memory over a whole split."""
+    codes = None
+    if found.masks is not None:
+        codes = encode_masks(mask.numpy() for mask in paste_masks(found, target.original_size))
+        found = dataclasses.replace(found, masks=None)
+    return Record(image_id=target.image_id, index=target.index, size=target.original_size, detections=found, segmentations=codes)
 
 
 def _mean_losses(losses: list[dict[str, float]]) -> dict[str, float]:

@@ -66,6 +66,7 @@ class Backbone(nn.Module):
 
     head_prefixes: tuple[str, ...] = ()  # keys of the classifier's head, which a backbone leaves in a weights file
     architecture: str = ""  # the name it was registered under
+    variant: str = ""  # of a network that has several
     weights: str | Path | None = None  # what it was created with, and what loading said of it
     load_report: str = ""
 
@@ -196,6 +197,8 @@ def recompute(function: Callable[[Tensor], Tensor], owned: Iterable[nn.Module], 
     if not (checkpointing and torch.is_grad_enabled() and any(p.requires_grad for m in modules for p in m.parameters(recurse=False))):
         return function(features)
     norms = [module for module in modules if isinstance(module, _BatchNorm) and module.training]
+    if not norms:
+        return checkpoint(function, features, use_reentrant=False)
     return checkpoint(function, features, use_reentrant=False, context_fn=partial(_checkpoint_contexts, norms))
 
 

@@ -170,10 +170,12 @@ def _create_timm(model: str, *, weights: str | Path | None, output_stride: int, 
     if not timm.is_model(model):
         raise InputError(f"timm has no model {model!r};{nearest(model, timm.list_models())} see timm.list_models()")
     options: dict[str, Any] = {"in_chans": in_channels}
+    report = "timm's own weights" if weights == "timm" else ""
     if output_stride != 32:
         options["output_stride"] = output_stride
     if isinstance(weights, Path) or weights not in (None, "timm", "torchvision"):
-        options["pretrained_cfg_overlay"] = {"state_dict": _read_timm(model, weights, in_channels), "custom_load": False}
+        tensors, report = _read_timm(model, weights, in_channels)
+        options["pretrained_cfg_overlay"] = {"state_dict": tensors, "custom_load": False}
     elif weights == "torchvision":
         raise InputError(f"timm:{model} takes weights timm, a file, or null; or take torchvision:{model}")
     net = _call_timm(model, pretrained=weights is not None, **options)
@@ -186,12 +188,14 @@ def _create_timm(model: str, *, weights: str | Path | None, output_stride: int, 
     preprocessing = Preprocessing(mean, std) if len(mean) == in_channels else imagenet_preprocessing(in_channels)
     infos = [FeatureInfo(*pair) for pair in zip(net.feature_info.channels(), net.feature_info.reduction(), strict=True)]
     size = tuple((config.get("input_size") or (in_channels, PROBE_SIZE, PROBE_SIZE))[1:])
-    return ForeignBackbone(
+    backbone = ForeignBackbone(
         _DeepestOfEachStride(net, infos) if _repeats(infos) and output_stride == 32 else net,
         _named_in_order(infos) if output_stride != 32 else _named_by_stride(infos),
         preprocessing=preprocessing,
         probe_size=size,
     )
+    backbone.load_report = report
+    return backbone
 
 
 def _call_timm(model: str, **options: Any) -> Any:
@@ -204,16 +208,16 @@ def _call_timm(model: str, **options: Any) -> Any:
         raise InputError(f"timm:{model} could not be created as a feature extractor{weights} ({type(error).__name__}: {error})") from error
 
 
-def _read_timm(model: str, weights: str | Path, in_channels: int) -> dict[str, Tensor]:
-    """The state dict of the file, proven to fit the whole network but for its classifier."""
+def _read_timm(model: str, weights: str | Path, in_channels: int) -> tuple[dict[str, Tensor], str]:
+    """The state dict of the file, proven to fit the whole network but for its classifier, and the report."""
     import timm
 
     full: Any = timm.create_model(model, num_classes=0, in_chans=in_channels)
     full.architecture = f"timm:{model}"
     classifiers = full.pretrained_cfg.get("classifier") or ()
     names = (classifiers,) if isinstance(classifiers, str) else classifiers
-    load_weights(full, weights, drop_prefixes=tuple(f"{name}." for name in names))
-    return full.state_dict()
+    report = load_weights(full, weights, drop_prefixes=tuple(f"{name}." for name in names))
+    return full.state_dict(), str(report)
 
 
 class _DeepestOfEachStride(nn.Module):

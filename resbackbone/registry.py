@@ -6,12 +6,11 @@ import fnmatch
 import importlib
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
-
-from torch import nn
 
 from resbackbone.backbone import Backbone
 from resbackbone.errors import InputError, nearest
@@ -112,7 +111,7 @@ def create_classifier(
     in_channels: int = 3,
     norm_eps: float | None = None,
     checkpointing: bool = False,
-) -> nn.Module:
+) -> Backbone:
     """Build a whole classifier, [N, in_channels, H, W] -> logits [N, num_classes], with torchvision's state-dict keys."""
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes} is not possible; it must be at least 1")
@@ -177,6 +176,8 @@ def _build(name: str, options: dict[str, Any]) -> Backbone:
 def _load(net: Backbone, weights: str | Path | None) -> None:
     if weights is None:
         return
+    if str(weights) == "torchvision" and net.variant not in ("", "v1.5"):
+        warnings.warn(f"torchvision trained {net.architecture} as variant v1.5; as {net.variant} its features differ", stacklevel=3)
     net.weights = weights
     net.load_report = str(load_weights(net, weights))
     logger.info("%s: %s", net.architecture, net.load_report)

@@ -276,9 +276,9 @@ def _builder(name: str) -> Callable[..., Backbone]:
             base_width=layout.base_width,
         )
         options["dilation_rule"] = dilation_rule
-        if num_classes is None:
-            return ResNet(layout, style, **options)  # type: ignore[arg-type]
-        return ResNetClassifier(layout, style, num_classes=num_classes, **options)
+        net = ResNetClassifier(layout, style, num_classes=num_classes, **options) if num_classes else ResNet(layout, style, **options)  # type: ignore[arg-type]
+        net.variant = variant if layout.block is Bottleneck else ""  # basic blocks are the same in both
+        return net
 
     return build
 

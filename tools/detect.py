@@ -27,11 +27,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def run(argv: list[str] | None = None) -> int:
     args, overrides = parse(argv)
-    from detection.config import load_detection_config
     from detection.detect import detect_all
-    from detection.predict import Predictor, config_from_weights
+    from detection.predict import Predictor, resolve_config
 
-    config = load_detection_config(args.config, overrides) if args.config else config_from_weights(args.weights, overrides)
+    config = resolve_config(args.config, args.weights, overrides)
     drawn, complaints = detect_all(Predictor(config, args.weights), args.inputs, args.output, threshold=args.threshold)
     print(f"{len(drawn)} drawn, {len(complaints)} unreadable; {args.output}")
     return 1 if complaints else 0

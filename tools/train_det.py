@@ -1,4 +1,4 @@
-"""Train a detector: python tools/train_det.py --config configs/frcnn_r101_coco.yaml [--output DIR] [--resume auto|PATH] [key.path=value ...]"""
+"""Train a detector: python tools/train_det.py --config C.yaml [--output DIR] [--resume auto|PATH] [key.path=value ...]"""
 
 from __future__ import annotations
 

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from .problems import ProblemLog
 
+Number = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what our arrays hold
+Pixels = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+
 
 class CocoImage(msgspec.Struct, gc=False):
     """One entry of `images`."""
 
-    id: int
+    id: Number
     file_name: str
-    height: int
-    width: int
+    height: Pixels
+    width: Pixels
 
 
 class CocoCategory(msgspec.Struct, gc=False):
     """One entry of `categories`."""
 
-    id: int
+    id: Number
     name: str
 
 
 class CocoObject(msgspec.Struct, gc=False):
     """One entry of `annotations`; its segmentation is skipped unread."""
 
-    id: int
-    image_id: int
-    category_id: int
+    id: Number
+    image_id: Number
+    category_id: Number
     bbox: tuple[float, float, float, float]
     area: float | None = None
     iscrowd: int | bool = 0

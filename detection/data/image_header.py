@@ -73,8 +73,11 @@ def is_cut_off(data: bytes, header: ImageHeader) -> bool:
 def _jpeg_header(data: bytes) -> ImageHeader:
     header, position = ImageHeader(format="jpeg"), 2
     while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            raise BrokenHeader("its JPEG header is damaged")
+        if data[position] != 0xFF:  # stray bytes between segments; decoders skip them too
+            position = data.find(b"\xff", position)
+            if position < 0:
+                break
+            continue
         marker = data[position + 1]
         if marker == 0xFF or marker in _JPEG_ALONE:
             position += 1 if marker == 0xFF else 2

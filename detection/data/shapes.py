@@ -72,9 +72,9 @@ def _place_objects(rng: np.random.Generator, size: int) -> tuple[np.ndarray, lis
     owner: np.ndarray = np.zeros((size, size), np.uint8)
     labels, full_areas = list[int](), [0]
     for _ in range(int(rng.integers(2, _MAX_OBJECTS + 1))):
+        label, scale = int(rng.integers(1, len(SHAPE_CLASSES) + 1)), _SCALES[rng.integers(len(_SCALES))]
         for _ in range(4):  # tries until it hides no other object too much
-            label = int(rng.integers(1, len(SHAPE_CLASSES) + 1))
-            candidate = cv2.fillPoly(owner.copy(), [_outline(rng, label, size)], len(labels) + 1)
+            candidate = cv2.fillPoly(owner.copy(), [_outline(rng, label, scale, size)], len(labels) + 1)
             visible = np.bincount(candidate.reshape(-1), minlength=len(labels) + 2)
             if all(visible[k] >= _MIN_VISIBLE * full_areas[k] for k in range(1, len(labels) + 1)):
                 owner, full_areas = candidate, [*full_areas, int(visible[-1])]
@@ -83,10 +83,9 @@ def _place_objects(rng: np.random.Generator, size: int) -> tuple[np.ndarray, lis
     return owner, labels
 
 
-def _outline(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
+def _outline(rng: np.random.Generator, label: int, scale: tuple[float, float], size: int) -> np.ndarray:
     """Corners of one object inside the image, int32 [P, 2] as (x, y)."""
-    low, high = _SCALES[rng.integers(len(_SCALES))]
-    radius = rng.uniform(low, high) * size / 2
+    radius = rng.uniform(*scale) * size / 2
     centre = rng.uniform(radius * 1.05, size - 1 - radius * 1.05, size=2)
     corners, turn = {1: (24, 0.0), 2: (4, np.pi / 4), 3: (3, -np.pi / 2)}[label]
     reach = radius if label != 2 else radius * 1.1

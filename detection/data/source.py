@@ -64,8 +64,8 @@ def check_file_names(names: list[str], folder: Path, log: ProblemLog, *, file: o
     listings: dict[PurePosixPath, set[str]] = defaultdict(set)
     good = []
     for name, image_id in zip(names, ids, strict=True):
-        path = PurePosixPath(os.path.normpath(name.replace("\\", "/")))
-        if path.is_absolute() or ".." in path.parts or not path.name or "\0" in name:
+        path = PurePosixPath(os.path.normpath(name))
+        if path.is_absolute() or ".." in name.replace("\\", "/").split("/") or not path.name or "\0" in name:
             log.add("path_escape", f"file name {name!r} leaves the image folder {folder}; name a file inside it", file=file, image=image_id)
             good.append(False)
             continue

@@ -54,9 +54,9 @@ def scan(
 
 
 def scan_images(
-    listed: Sequence[tuple[Path, str]], *, classes: Sequence[str] = VOC_CLASSES, exif: bool = True
+    listed: Sequence[tuple[Path, str]], *, classes: Sequence[str] = VOC_CLASSES, exif: bool = True, need_images: bool = True
 ) -> tuple[FolderSource, ProblemLog]:
-    """`scan` for (year folder, image id) pairs; all year folders lie side by side."""
+    """`scan` for (year folder, image id) pairs; all year folders lie side by side. need_images: an image without its file is a problem."""
     log = ProblemLog()
     rows, seen = _Rows(classes=tuple(classes)), set()
     for year, image_id in listed:
@@ -66,7 +66,7 @@ def scan_images(
         seen.add(image_id)
         _read_annotation(year, image_id, rows, log)
     folder = listed[0][0].parent if listed else Path()
-    return FolderSource(annotations=_to_arrays(rows, folder, log), folder=folder, metric="voc", exif=exif), log
+    return FolderSource(annotations=_to_arrays(rows, folder, log, need_images), folder=folder, metric="voc", exif=exif), log
 
 
 def year_folders(path: Path) -> list[Path]:
@@ -199,7 +199,7 @@ def _read_object(element: Element, place: dict[str, Any], rows: _Rows, log: Prob
     rows.places.append(place)
 
 
-def _to_arrays(rows: _Rows, folder: Path, log: ProblemLog) -> Annotations:
+def _to_arrays(rows: _Rows, folder: Path, log: ProblemLog, need_images: bool) -> Annotations:
     """Pixel numbers from 1, both ends inside, become [x1 - 1, y1 - 1, x2, y2] in continuous pixels."""
     sizes = np.array(rows.sizes, dtype=np.int64).reshape(-1, 2)
     image_of_box = np.array(rows.image_of_box, dtype=np.int64)
@@ -223,5 +223,7 @@ def _to_arrays(rows: _Rows, folder: Path, log: ProblemLog) -> Annotations:
         ignore=np.array(rows.difficult, dtype=bool)[good],
         areas=(boxes[good, 2:] - boxes[good, :2]).prod(axis=1),
     )
+    if not need_images:
+        return annotations
     there = check_file_names(rows.names, folder, log, file=folder, ids=rows.image_ids)
     return annotations if all(there) else annotations.select(np.flatnonzero(there))

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from detection.anchors import AnchorGrid
+from detection.anchors import anchor_grid
 from detection.faster_rcnn import FasterRCNN
 from detection.mask_head import MaskHead
+from detection.pooling import RegionPooler
 from detection.preprocess import Preprocess
 from detection.roi_head import RoIHead, TwoFCHead
-from detection.rpn import ProposalNetwork
+from detection.rpn import Limits, ProposalNetwork
 from detection.structures import Target
 from detection.torchvision_weights import from_torchvision
+from resbackbone.fpn import FeaturePyramid
+from resbackbone.registry import create_backbone
 
-IMAGENET = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), color_order="RGB", input_range=1.0)
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 CLASSES = 5
 SIZE = (96, 128)  # of the test images: (height, width)
+TRAIN_LIMITS, TEST_LIMITS = Limits(candidates=300, proposals=200), Limits(candidates=150, proposals=100)  # more would only cost time
 
 
 class PlainPooler(nn.Module):
@@ -34,18 +35,6 @@ class PlainPooler(nn.Module):
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
         return self.align(features, list(boxes), list(sizes))
-
-
-class PlainPyramid(nn.Module):
-    """torchvision's ResNet with FPN under our names."""
-
-    def __init__(self, theirs: nn.Module) -> None:
-        super().__init__()
-        self.backbone, self.inner_blocks, self.layer_blocks = theirs.body, theirs.fpn.inner_blocks, theirs.fpn.layer_blocks
-        self._forward = [theirs.forward]
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return dict(zip(LEVELS, self._forward[0](images).values(), strict=True))
 
 
 def theirs(*, mask: bool = False, seed: int = 0) -> nn.Module:
@@ -65,23 +54,34 @@ def theirs(*, mask: bool = False, seed: int = 0) -> nn.Module:
     return model
 
 
-def ours(*, mask: bool = False) -> FasterRCNN:
-    """Our detector of the same shape, with weights of its own."""
-    return assemble(PlainPyramid(theirs(mask=mask, seed=1).backbone), mask=mask)
+def ours(*, mask: bool = False, backbone: str = "resnet50", norm: str = "batch", samples: int = 64) -> FasterRCNN:
+    """Our pyramid detector, with torchvision's settings and weights of its own."""
+    pyramid = FeaturePyramid(create_backbone(backbone, norm=norm, allow_random_frozen=True))
+    pooled = {name: pyramid.feature_info[name] for name in list(pyramid.feature_info)[:4]}
+    rpn = ProposalNetwork(256, anchor_grid(pyramid.feature_info), train_limits=TRAIN_LIMITS, test_limits=TEST_LIMITS)
+    roi_head = RoIHead(RegionPooler(pooled), TwoFCHead(256, 7), num_classes=CLASSES, samples=samples)
+    mask_head = MaskHead(RegionPooler(pooled, output_size=14), 256, num_classes=CLASSES) if mask else None
+    return FasterRCNN(pyramid, rpn, roi_head, Preprocess(pyramid.preprocessing), mask_head=mask_head)
 
 
-def assemble(pyramid: nn.Module, *, mask: bool = False, channels: int = 256, classes: int = CLASSES) -> FasterRCNN:
-    """A pyramid detector with torchvision's settings."""
-    rpn = ProposalNetwork(channels, AnchorGrid([(32,), (64,), (128,), (256,), (512,)]))
-    roi_head = RoIHead(PlainPooler(7), TwoFCHead(channels, 7), num_classes=classes)
-    mask_head = MaskHead(PlainPooler(14), channels, num_classes=classes) if mask else None
-    return FasterRCNN(pyramid, rpn, roi_head, Preprocess(IMAGENET), mask_head=mask_head)
+def ours_c4(backbone: str = "resnet18", *, norm: str = "batch", samples: int = 16) -> FasterRCNN:
+    """Our C4 detector: the backbone's top runs on each region."""
+    net = create_backbone(backbone, norm=norm)
+    top = net.split_region_head()
+    levels = {name: net.feature_info[name] for name in net.out_features}
+    (info,) = levels.values()
+    rpn = ProposalNetwork(info.channels, anchor_grid(levels), train_limits=TRAIN_LIMITS, test_limits=TEST_LIMITS)
+    pooler = RegionPooler(levels, output_size=top.pool_size)
+    roi_head = RoIHead(pooler, top, num_classes=CLASSES, samples=samples, regions_per_pass=50)
+    return FasterRCNN(net, rpn, roi_head, Preprocess(net.preprocessing))
 
 
 def pair(*, mask: bool = False) -> tuple[nn.Module, FasterRCNN]:
     """Both detectors with the same weights."""
     peer, mine = theirs(mask=mask), ours(mask=mask)
-    peer.roi_heads.fg_bg_sampler.batch_size_per_image = mine.roi_head.samples = 64  # 512 would only cost time
+    peer.roi_heads.fg_bg_sampler.batch_size_per_image = mine.roi_head.samples
+    peer.rpn._pre_nms_top_n = {"training": TRAIN_LIMITS.candidates, "testing": TEST_LIMITS.candidates}
+    peer.rpn._post_nms_top_n = {"training": TRAIN_LIMITS.proposals, "testing": TEST_LIMITS.proposals}
     mine.load_state_dict(from_torchvision(peer.state_dict()), strict=True)
     return peer, mine
 

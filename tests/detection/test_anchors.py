@@ -52,7 +52,7 @@ def test_anchors_are_no_part_of_the_weights():
 
 
 def test_wrong_number_of_sizes():
-    with pytest.raises(InputError, match="3 anchor sizes .* 5 levels"):
+    with pytest.raises(InputError, match=r"3 anchor sizes .* 5 levels"):
         anchor_grid(PYRAMID, sizes=(8, 16, 32))
     with pytest.raises(InputError, match="as many anchor sizes"):
         AnchorGrid([(32,), (64, 128)])

@@ -23,7 +23,9 @@ def _masks(boxes: torch.Tensor) -> torch.Tensor:
     """Ellipses inside the boxes."""
     y, x = torch.meshgrid(torch.arange(peers.SIZE[0]) + 0.5, torch.arange(peers.SIZE[1]) + 0.5, indexing="ij")
     centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-    distance = ((x - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2 + ((y - centre[:, 1, None, None]) / half[:, 1, None, None]) ** 2
+    distance = ((x - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2 + (
+        (y - centre[:, 1, None, None]) / half[:, 1, None, None]
+    ) ** 2
     return (distance <= 1).to(torch.uint8)
 
 

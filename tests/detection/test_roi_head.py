@@ -125,9 +125,20 @@ def test_passes_cut_without_losing_a_region(counts, limit):
 
 def test_passes_change_no_detection():
     at_once, in_passes = _head(), _head(regions_per_pass=7)
-    for one, other in zip(at_once.detect(_features(), _proposals(), SIZES), in_passes.detect(_features(), _proposals(), SIZES), strict=True):
+    for one, other in zip(
+        at_once.detect(_features(), _proposals(), SIZES), in_passes.detect(_features(), _proposals(), SIZES), strict=True
+    ):
         assert torch.equal(one.labels, other.labels)
         torch.testing.assert_close(one.boxes, other.boxes, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("regions", [0, 3, WIDTH + 1])
+def test_two_fc_head_reads_regions_in_either_layout(regions):
+    torch.manual_seed(0)
+    head, pooled = TwoFCHead(CHANNELS, SIDE, width=WIDTH), torch.randn((regions, CHANNELS, SIDE, SIDE))
+    wanted = head.fc7(head.fc6(pooled.flatten(1)).relu()).relu()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.testing.assert_close(head(pooled.contiguous(memory_format=layout)), wanted)
 
 
 def test_a_region_head_may_return_a_map():

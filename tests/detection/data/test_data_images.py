@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import cv2
@@ -120,6 +121,21 @@ def test_files_cut_off_anywhere_never_pass_for_whole(bad_inputs: Path, tmp_path:
             path.write_bytes(data[:length])
             with pytest.raises(UnreadableImage):
                 read_image(path)
+
+
+def test_damaged_files_never_raise_anything_else(bad_inputs: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "damaged"
+    for name in ("exif_rotated_6.jpg", "cmyk.jpg", "rgba.png", "palette_alpha.png"):
+        whole = np.frombuffer((bad_inputs / name).read_bytes(), dtype=np.uint8)
+        for _ in range(40):
+            data = whole.copy()
+            data[rng.integers(0, 700, size=6)] = rng.integers(0, 256, size=6)
+            path.write_bytes(data.tobytes())
+            with contextlib.suppress(UnreadableImage):
+                image = read_image(path)
+                assert image.dtype == np.uint8
+                assert image.shape[2] == 3
 
 
 def test_a_thumbnail_end_marker_does_not_hide_a_cut(bad_inputs: Path) -> None:

@@ -1,0 +1,1 @@
+"""Judging detections: arrays and JSON in, figures out; knows no model."""

@@ -1,0 +1,147 @@
+"""Table 1 of any network: what each stage puts out, its parameters and multiply-adds (He et al. 2015, Table 1).
+
+Multiply-adds are counted operator by operator, those of convolutions and linear layers; norms, biases, ReLU and pooling are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from resbackbone.backbone import Backbone, FeatureInfo
+from resbackbone.errors import InputError
+from resbackbone.registry import FOREIGN, create_backbone, create_classifier
+from resbackbone.weights import read_state_dict
+
+# Table 1's last row, in 10^9; ours are exact, and 18 to 50 layers come out as 1.81, 3.66 and 3.86, which the paper seems to cut, not round.
+PAPER_MULTIPLY_ADDS = {"resnet18": 1.8, "resnet34": 3.6, "resnet50": 3.8, "resnet101": 7.6, "resnet152": 11.3}
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One row of the table; `output` is [C, H, W] or [classes]."""
+
+    name: str
+    output: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class NetworkTable:
+    """The rows, bottom first, and what else there is to say of a network."""
+
+    rows: tuple[StageRow, ...]
+    feature_info: dict[str, FeatureInfo]
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(row.multiply_adds for row in self.rows)
+
+
+def describe_network(net: Backbone, input_size: tuple[int, int]) -> NetworkTable:
+    """Measure `net`, a backbone or classifier of ours, for one image of `input_size` = (height, width).
+
+    Nothing is computed: the network is copied to the meta device, where tensors have shapes alone.
+    """
+    shadow = copy.deepcopy(net).to("meta").eval()
+    features = torch.empty(1, len(net.preprocessing.mean), *input_size, device="meta")
+    rows = _foreign_rows(shadow, features) if net.architecture.startswith(FOREIGN) else _stage_rows(shadow, features)
+    return NetworkTable(tuple(rows), dict(net.feature_info))
+
+
+def _stage_rows(net: Backbone, images: Tensor) -> list[StageRow]:
+    rows, features = [], images
+    for name in net.feature_info:
+        features, count = _counted(lambda x, name=name: net.run_stage(name, x), features)
+        rows.append(StageRow(name, tuple(features.shape[1:]), sum(_parameters(module) for module in net.stage_modules(name)), count))
+    total, outputs = _total(net, images)
+    if isinstance(outputs, Tensor):  # a classifier: what is left is its head
+        left = _parameters(net) - sum(row.parameters for row in rows)
+        rows.append(StageRow("classifier", tuple(outputs.shape[1:]), left, total - sum(row.multiply_adds for row in rows)))
+    return rows
+
+
+def _foreign_rows(net: Backbone, images: Tensor) -> list[StageRow]:
+    """Another library's network runs as a whole, so that its rows say what comes out, and the last one what it all costs."""
+    total, maps = _total(net, images)
+    rows = [StageRow(name, tuple(features.shape[1:]), 0, 0) for name, features in maps.items()]
+    return [*rows, StageRow("total", (), _parameters(net), total)]
+
+
+def _total(net: Backbone, images: Tensor) -> tuple[int, Any]:
+    outputs, count = _counted(net, images)
+    return count, outputs
+
+
+def _counted(function: Any, features: Tensor) -> tuple[Any, int]:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outputs = function(features)
+    return outputs, counter.get_total_flops() // 2  # it counts a multiplication and an addition as two
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def format_table(table: NetworkTable) -> str:
+    """The table as text, totals last, then the feature maps."""
+    heads = ("layer", "output", "parameters", "multiply-adds")
+    rows = list(table.rows)
+    if rows[-1].name != "total":
+        rows.append(StageRow("total", (), table.parameters, table.multiply_adds))
+    lines = [
+        (row.name, " x ".join(map(str, row.output)), *(f"{n:,}" if n else "" for n in (row.parameters, row.multiply_adds))) for row in rows
+    ]
+    widths = [max(len(line[column]) for line in (heads, *lines)) for column in range(len(heads))]
+    text = [_aligned(line, widths) for line in (heads, *lines)]
+    text.insert(1, "-" * len(text[0]))
+    text.append(f"{table.parameters / 1e6:.2f} million parameters, {table.multiply_adds / 1e9:.2f} x 10^9 multiply-adds")
+    maps = ", ".join(f"{name} ({info.channels} channels, stride {info.stride})" for name, info in table.feature_info.items())
+    return "\n".join([*text, f"feature maps: {maps}"])
+
+
+def _aligned(line: tuple[str, ...], widths: list[int]) -> str:
+    name, output, *numbers = line
+    cells = [
+        name.ljust(widths[0]),
+        output.ljust(widths[1]),
+        *(number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)),
+    ]
+    return "  ".join(cells).rstrip()
+
+
+def describe(name: str, *, input_size: int = 224, variant: str = "v1", weights: str | Path | None = None) -> str:
+    """Table 1 of a network by name, as text; with `weights`, a line on how they fit. InputError as `create_backbone` raises it."""
+    if input_size < 1:
+        raise InputError(f"--input-size {input_size} is not possible; it must be at least 1, usually 224")
+    net = _whole_network(name, variant, weights)
+    table = describe_network(net, (input_size, input_size))
+    lines = [f"{name}{f', {net.variant}' if net.variant else ''}, one image of {input_size} x {input_size}", format_table(table)]
+    if name in PAPER_MULTIPLY_ADDS and input_size == 224 and net.variant in ("", "v1"):
+        lines.append(f"the paper's Table 1 says {PAPER_MULTIPLY_ADDS[name]} x 10^9 multiply-adds")
+    return "\n".join([*lines, *([net.load_report] if net.load_report else [])])
+
+
+def _whole_network(name: str, variant: str, weights: str | Path | None) -> Backbone:
+    """The classifier where there is one; with weights from a file, only if they include its head."""
+    if name.startswith(FOREIGN):
+        return create_backbone(name, weights=weights)
+    net = create_backbone(name, variant=variant)
+    if weights is None or str(weights) == "torchvision":
+        return create_classifier(name, variant=variant, weights=weights) if net.head_prefixes else net
+    head = [tensor for key, tensor in read_state_dict(weights)[0].items() if net.head_prefixes and key.startswith(net.head_prefixes)]
+    matrices = [tensor for tensor in head if tensor.ndim == 2]
+    if matrices:
+        return create_classifier(name, variant=variant, weights=weights, num_classes=matrices[-1].shape[0])
+    return create_backbone(name, variant=variant, weights=weights)
