@@ -15,7 +15,7 @@ demo: .venv-demo/stamp ## train a small detector from scratch on drawn shapes, e
 	@echo "The drawn detections lie in runs/demo/samples"
 
 test: .venv-test/stamp ## every test but the slow ones
-	.venv-test/bin/python -m pytest -q
+	.venv-test/bin/python -m pytest -q -n 2
 
 test-slow: .venv-test/stamp ## the slow tests: kill and resume, short trainings
 	.venv-test/bin/python -m pytest -q -m slow

@@ -48,7 +48,8 @@ def stop_unless_finite(losses: dict[str, Tensor], batch: Batch, state: TrainStat
         )
     raise NonFiniteLoss(
         f"step {state.step + 1}: a loss is not finite ({_terms(losses)}); images {[target.image_id for target in batch.targets]}. "
-        f"{folder / 'report.json'} has the details, the checkpoint of step {state.step} is intact; a lower train.lr or train.clip_norm often helps"
+        f"{folder / 'report.json'} has the details, the checkpoint of step {state.step} is intact; a lower train.lr or train.clip_norm "
+        "often helps"
     )
 
 

@@ -97,7 +97,7 @@ def load_detector(config: DetectionConfig, weights: Path, *, device: torch.devic
     shapes = [name for name in ours.keys() & file.tensors.keys() if ours[name].shape != file.tensors[name].shape]
     if missing or unexpected or shapes:
         raise InputError(
-            f"{weights} belongs to another architecture than the config describes ({config.model.backbone.name}, head {config.model.head}): "
+            f"{weights} belongs to another architecture than the config's ({config.model.backbone.name}, head {config.model.head}): "
             f"{len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape "
             f"{sorted(shapes)[:3]}. Leave --config out: the file carries its own"
         )

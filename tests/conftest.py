@@ -14,7 +14,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and pytest-xdist runs a process a core
 
 
 def _find_shared_data() -> Path | None:

@@ -108,9 +108,8 @@ def _checked_truth(ground_truth: Path | dict[str, Any]) -> dict[str, Any]:
     truth = read_json(ground_truth, "annotations") if isinstance(ground_truth, Path) else ground_truth
     for key in ("images", "annotations", "categories"):
         if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
-            raise InputError(
-                f"annotations {ground_truth if isinstance(ground_truth, Path) else ''}: no list {key!r}; a COCO file has images, annotations, categories"
-            )
+            name = ground_truth if isinstance(ground_truth, Path) else ""
+            raise InputError(f"annotations {name}: no list {key!r}; a COCO file has images, annotations and categories")
     return truth
 
 
