@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from detection.anchors import anchor_grid
@@ -33,7 +35,7 @@ def build_detector(
     model = config.model
     backbone = _backbone(model, initial_weights)
     trunk, box_head, pool_size = _HEADS[model.head](backbone, model)
-    levels = {name: trunk.feature_info[name] for name in trunk.out_features}
+    levels: dict[str, FeatureInfo] = {name: trunk.feature_info[name] for name in trunk.out_features}
     candidates_train, candidates_test = CANDIDATES[model.head]
     rpn = ProposalNetwork(
         next(iter(levels.values())).channels,
@@ -109,7 +111,8 @@ def _fpn(backbone: Backbone, model: ModelConfig) -> tuple[FeaturePyramid, nn.Mod
     return pyramid, TwoFCHead(channels, pool_size, width=model.roi.head_width), pool_size
 
 
-_HEADS = {"c4": _c4, "dc5": _single_map, "fpn": _fpn}
+Trunk = Backbone | FeaturePyramid
+_HEADS: dict[str, Callable[[Backbone, ModelConfig], tuple[Trunk, nn.Module, int]]] = {"c4": _c4, "dc5": _single_map, "fpn": _fpn}
 
 
 def _pooled(levels: dict[str, FeatureInfo]) -> dict[str, FeatureInfo]:

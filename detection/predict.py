@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ def read_detector_file(path: Path) -> DetectorFile:
             f"{path} holds no detector of ours (its metadata lacks format={FORMAT}); give a run's model_final.safetensors or a folder "
             "below its checkpoints/. Backbone weights belong into model.backbone.weights"
         )
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(metadata["preprocessing"]).items()}
+    values: dict[str, Any] = json.loads(metadata["preprocessing"])
+    values |= {name: tuple(values[name]) for name in ("mean", "std")}
     return DetectorFile(
         path=path,
         tensors=tensors,
@@ -102,7 +104,8 @@ def load_detector(config: DetectionConfig, weights: Path, *, device: torch.devic
             f"{sorted(shapes)[:3]}. Leave --config out: the file carries its own"
         )
     detector.load_state_dict(file.tensors)
-    return detector.to(device, memory_format=torch.channels_last).eval(), file.classes
+    detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return detector.eval(), file.classes
 
 
 class Predictor:

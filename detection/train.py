@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from detection.build import build_detector
 from detection.config import DetectionConfig, chosen_device, load_split, train_loader
+from detection.data.loader import BatchLoader
 from detection.data.source import check_same_classes
 from detection.finish import announce, finish, log_step, write_start_files
 from detection.nonfinite import stop_unless_finite
@@ -97,7 +98,7 @@ def _run(config: DetectionConfig, output: Path, resume: str | None, process: dis
 
 def _loop(
     state: TrainState,
-    loader: torch.utils.data.DataLoader,
+    loader: BatchLoader,
     validator: Validator,
     log: RunLog,
     signals: SignalGuard,
@@ -110,7 +111,7 @@ def _loop(
     settings, device, precision = state.config.train, process.device, state.precision
     model = _parallel(state.detector, process)
     if settings.compile:
-        state.detector.backbone.compile()
+        state.detector.get_submodule("backbone").compile()
     timer, batches = StepTimer(device), iter(loader)
     while True:
         if state.is_evaluation_due:
@@ -130,10 +131,10 @@ def _loop(
             is_last = turn + 1 == settings.accumulate
             with timer.part("data"):
                 batch = next(batches).to(device)
-            with contextlib.nullcontext() if is_last or process.world_size == 1 else model.no_sync():
+            with contextlib.nullcontext() if is_last else _without_sync(model):
                 with timer.part("forward"), precision.autocast():
                     losses: dict[str, Tensor] = model(batch.images, batch.targets)
-                    loss = sum(losses.values()) / settings.accumulate
+                    loss = torch.stack(list(losses.values())).sum() / settings.accumulate
                 stop_unless_finite(losses, batch, state, output)
                 with timer.part("backward"):
                     precision.scaler.scale(loss).backward()
@@ -146,6 +147,11 @@ def _loop(
             state.save()  # before the evaluation, which a kill may cut short; it is made up for on resuming
         if distributed.any_process(signals.requested is not None):
             raise Interrupted(signals.requested or 143)
+
+
+def _without_sync(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Gradients of all but the last of several accumulated passes stay where they are; only the last exchanges them."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _parallel(detector: nn.Module, process: distributed.Process) -> nn.Module:

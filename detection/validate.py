@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from detection.config import DetectionConfig, eval_loader
+from detection.data.loader import BatchLoader
 from detection.data.source import Source
 from detection.evaluation.evaluate import evaluate_source, primary_metric
 from detection.evaluation.results import Record, encode_masks, merge_records
@@ -29,7 +30,7 @@ class Validator:
     ) -> None:
         self.source, self.process, self.precision, self.signals = source, process, precision, signals
         self.engine, self.primary = config.eval.engine, primary_metric(source)
-        self._make_loader: Callable[[], torch.utils.data.DataLoader] = lambda: eval_loader(config, source, process)
+        self._make_loader: Callable[[], BatchLoader] = lambda: eval_loader(config, source, process)
         self.records: list[Record] = []
 
     def evaluate(self, detector: nn.Module, *, with_loss: bool = True) -> dict[str, float]:

@@ -83,6 +83,7 @@ def _pycocotools(truth: dict[str, Any], rows: list[dict[str, Any]], iou_type: st
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    assert evaluation.eval is not None
     return list(evaluation.stats), evaluation.eval["precision"]
 
 

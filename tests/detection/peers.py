@@ -54,19 +54,19 @@ def theirs(*, mask: bool = False, seed: int = 0) -> nn.Module:
     return model
 
 
-def ours(*, mask: bool = False, backbone: str = "resnet50", norm: str = "batch", samples: int = 64) -> FasterRCNN:
+def ours(*, mask: bool = False, backbone: str = "resnet50", samples: int = 64, width: int = 128) -> FasterRCNN:
     """Our pyramid detector, with torchvision's settings and weights of its own."""
-    pyramid = FeaturePyramid(create_backbone(backbone, norm=norm, allow_random_frozen=True))
+    pyramid = FeaturePyramid(create_backbone(backbone))
     pooled = {name: pyramid.feature_info[name] for name in list(pyramid.feature_info)[:4]}
     rpn = ProposalNetwork(256, anchor_grid(pyramid.feature_info), train_limits=TRAIN_LIMITS, test_limits=TEST_LIMITS)
-    roi_head = RoIHead(RegionPooler(pooled), TwoFCHead(256, 7), num_classes=CLASSES, samples=samples)
+    roi_head = RoIHead(RegionPooler(pooled), TwoFCHead(256, 7, width=width), num_classes=CLASSES, samples=samples)
     mask_head = MaskHead(RegionPooler(pooled, output_size=14), 256, num_classes=CLASSES) if mask else None
     return FasterRCNN(pyramid, rpn, roi_head, Preprocess(pyramid.preprocessing), mask_head=mask_head)
 
 
-def ours_c4(backbone: str = "resnet18", *, norm: str = "batch", samples: int = 16) -> FasterRCNN:
+def ours_c4(backbone: str = "resnet18", *, samples: int = 16) -> FasterRCNN:
     """Our C4 detector: the backbone's top runs on each region."""
-    net = create_backbone(backbone, norm=norm)
+    net = create_backbone(backbone)
     top = net.split_region_head()
     levels = {name: net.feature_info[name] for name in net.out_features}
     (info,) = levels.values()
@@ -78,7 +78,7 @@ def ours_c4(backbone: str = "resnet18", *, norm: str = "batch", samples: int = 1
 
 def pair(*, mask: bool = False) -> tuple[nn.Module, FasterRCNN]:
     """Both detectors with the same weights."""
-    peer, mine = theirs(mask=mask), ours(mask=mask)
+    peer, mine = theirs(mask=mask), ours(mask=mask, width=1024)
     peer.roi_heads.fg_bg_sampler.batch_size_per_image = mine.roi_head.samples
     peer.rpn._pre_nms_top_n = {"training": TRAIN_LIMITS.candidates, "testing": TEST_LIMITS.candidates}
     peer.rpn._post_nms_top_n = {"training": TRAIN_LIMITS.proposals, "testing": TEST_LIMITS.proposals}
