@@ -35,7 +35,7 @@ def test_resolve_resume(tmp_path: Path) -> None:
 
 
 def test_auto_never_starts_over_in_silence(tmp_path: Path) -> None:
-    empty(save_checkpoint(tmp_path, 1, state_of(1)) / "state.pt")
+    (save_checkpoint(tmp_path, 1, state_of(1)) / "state.pt").write_bytes(b"")
     with pytest.raises(InputError, match="every checkpoint here is damaged"):
         resolve_resume("auto", tmp_path)
 
