@@ -134,3 +134,11 @@ def test_a_loss_that_is_not_finite(train_det: Tool, tiny_coco: Path, tmp_path: P
 
     assert "nan" in replay(output / "nonfinite") or "inf" in replay(output / "nonfinite")
     assert "--replay" in report["replay"]
+
+
+def test_early_stopping_and_the_best_checkpoint(train_det: Tool, tiny_coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = ["train.lr=1e-12", "train.eval_every=1", "train.early_stop=2", "train.keep_checkpoints=1", "train.steps=9"]
+    assert train_det(output, f"data.root={tiny_coco}", *options) == 0
+    steps = sorted(int(path.name.removeprefix("step_")) for path in (output / "checkpoints").glob("step_*"))
+    assert steps == [1, 3]  # the best, since nothing gets better without learning, and the last of two more
