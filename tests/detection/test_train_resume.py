@@ -132,7 +132,8 @@ def test_interrupted_run_ends_as_if_left_alone(
 
 
 def test_two_processes_give_the_loss_of_one(repository: Path, tiny_coco: Path, tmp_path: Path) -> None:
-    extra = ["data.workers=0", "train.eval_every=0", "train.steps=10", "train.batch_size=4", "train.precision=fp32"]
+    # A gentle rate: after large steps, rounding may flip one proposal's NMS, and then all regions are sampled anew.
+    extra = ["data.workers=0", "train.eval_every=0", "train.steps=10", "train.batch_size=4", "train.lr=0.0005"]
     alone = run(repository, tiny_coco, tmp_path / "one", *extra)
     assert alone.returncode == 0, alone.stderr
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
