@@ -87,7 +87,7 @@ class _WeightedRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """The transposed bag: entries sorted by the row they read."""
         rows, weights = ctx.saved_tensors
         flat = rows.flatten()

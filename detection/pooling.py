@@ -60,9 +60,8 @@ class RegionPooler(nn.Module):
         together = together.to(torch.promote_types(maps[0].dtype, torch.float32))  # bfloat16 has whole pixels to 256 only
         level = self.levels_of(together)
         if self._takes_bags(maps[0]):
-            scales = [1 / stride for stride in self.strides]
-            options = {"bins": self.output_size, "samples": self.sampling_ratio, "aligned": self.aligned}
-            return bag_align(maps, together, image=image, level=level, scales=scales, **options)
+            side, samples, scales = self.output_size, self.sampling_ratio, [1 / stride for stride in self.strides]
+            return bag_align(maps, together, image=image, level=level, scales=scales, bins=side, samples=samples, aligned=self.aligned)
         return self._operator(maps, torch.cat((image[:, None].to(together.dtype), together), dim=1), level)
 
     def levels_of(self, boxes: Tensor) -> Tensor:

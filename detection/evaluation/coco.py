@@ -3,83 +3,130 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import io
-import json
-import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from detection.evaluation.results import read_json, read_rows
+from detection.evaluation.coco_truth import KEYPOINTS, IouType, check_run_lengths, read_coco_truth, segmentation_of
+from detection.evaluation.rows import BoxRow, CocoRow, KeypointRow, MaskRow, check_known, name_of, read_rows
 from resbackbone.errors import InputError, nearest
 
+Engine = Literal["auto", "pycocotools", "hotcoco"]
 IOU_TYPES = ("bbox", "segm", "keypoints")
 ENGINES = ("auto", "pycocotools", "hotcoco")
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KEYPOINT_NAMES = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+_ROWS: dict[str, type[CocoRow]] = {"bbox": BoxRow, "segm": MaskRow, "keypoints": KeypointRow}
 
 
 def evaluate_coco(
-    ground_truth: Path | dict[str, Any], detections: Path | list[dict[str, Any]], *, iou_type: str = "bbox", engine: str = "auto"
+    ground_truth: Path | dict[str, Any],
+    detections: Path | list[dict[str, Any]],
+    *,
+    iou_type: IouType = "bbox",
+    engine: Engine = "auto",
+    image_ids: Collection[int] | None = None,
 ) -> dict[str, float]:
-    """The figures COCO prints, by name, -1 where there is nothing to judge, and `AP/<class>` for each class (boxes and masks).
+    """The figures COCO prints, by name, -1 where there is nothing to judge, and `AP/<class>` for each class.
 
-    ground_truth: COCO JSON; every image in it counts. detections: COCO's results format. Raises InputError for what is malformed.
+    ground_truth: COCO JSON; every image in it counts, or those of `image_ids`. detections: COCO's results format; of masks the areas
+    are the masks' own even where rows have a bbox. Raises InputError for what is malformed, naming the row.
     """
-    if iou_type not in IOU_TYPES or engine not in ENGINES:
-        raise InputError(f"iou_type={iou_type} and engine={engine}: choose from {', '.join(IOU_TYPES)} and {', '.join(ENGINES)}")
-    truth = _checked_truth(ground_truth)
-    needed = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[iou_type]
-    rows = read_rows(detections, ("image_id", "category_id", "score", needed)) if isinstance(detections, Path) else detections
-    _check_ids(truth, rows)
+    _check_choice(iou_type, IOU_TYPES, "iou_type")
+    _check_choice(engine, ENGINES, "engine")
+    truth = read_coco_truth(ground_truth, iou_type, image_ids=image_ids)
+    all_images = [one["id"] for one in truth["images"]] if image_ids is None else sorted({*map(int, image_ids)})
+    rows = read_rows(detections, _ROWS[iou_type])
+    where = name_of(detections, "detections")
+    _check_rows(rows, truth, all_images, where)
+    compute = _ENGINES[_chosen(engine, truth)]
+    stats, precision = compute(truth, rows, iou_type)
     names = KEYPOINT_NAMES if iou_type == "keypoints" else NAMES
-    if not rows:
-        return _nothing_found(truth, names)
-    stats, precision = _ENGINES[_chosen(engine)](truth, rows, iou_type)
-    figures = {name: float(value) for name, value in zip(names, stats, strict=True)}
-    return figures if iou_type == "keypoints" else figures | _per_class(truth, precision)
+    return {name: float(value) for name, value in zip(names, stats, strict=True)} | _per_class(truth, precision)
 
 
-def format_coco(figures: dict[str, float], *, iou_type: str = "bbox") -> str:
-    """The lines COCO's own tool prints."""
-    if iou_type == "keypoints":
-        rows = [(name, iou, area, 20) for name, iou, area in zip(KEYPOINT_NAMES, _KEYPOINT_IOUS, _KEYPOINT_AREAS, strict=True)]
-    else:
-        rows = list(zip(NAMES, _IOUS, _AREAS, _MAX_DETECTIONS, strict=True))
+_ALL, _SIZES = ("all",) * 3, ("small", "medium", "large")
+_LINES = [
+    *zip(NAMES, ("0.50:0.95", "0.50", "0.75", *("0.50:0.95",) * 9), (*_ALL, *_SIZES) * 2, (*(100,) * 6, 1, 10, *(100,) * 4), strict=True)
+]
+_KEYPOINT_LINES = [
+    *zip(KEYPOINT_NAMES, ("0.50:0.95", "0.50", "0.75", *("0.50:0.95",) * 2) * 2, (*_ALL, *_SIZES[1:]) * 2, (20,) * 10, strict=True)
+]
+
+
+def format_coco(figures: dict[str, float], *, iou_type: IouType = "bbox", prefix: str = "") -> str:
+    """The lines COCO's own tool prints, from figures named `prefix` + AP and so on."""
     lines = []
-    for name, iou, area, most in rows:
+    for name, iou, area, most in _KEYPOINT_LINES if iou_type == "keypoints" else _LINES:
         title, kind = ("Average Precision", "(AP)") if name.startswith("AP") else ("Average Recall", "(AR)")
-        lines.append(f" {title:<18} {kind} @[ IoU={iou:<9} | area={area:>6s} | maxDets={most:>3d} ] = {figures[name]:0.3f}")
+        lines.append(f" {title:<18} {kind} @[ IoU={iou:<9} | area={area:>6s} | maxDets={most:>3d} ] = {figures[prefix + name]:0.3f}")
     return "\n".join(lines)
 
 
-_IOUS = ("0.50:0.95", "0.50", "0.75") + ("0.50:0.95",) * 9
-_AREAS = ("all",) * 3 + ("small", "medium", "large") + ("all",) * 3 + ("small", "medium", "large")
-_MAX_DETECTIONS = (100,) * 6 + (1, 10) + (100,) * 4
-_KEYPOINT_IOUS = ("0.50:0.95", "0.50", "0.75", "0.50:0.95", "0.50:0.95") * 2
-_KEYPOINT_AREAS = ("all", "all", "all", "medium", "large") * 2
+def format_run(figures: dict[str, float]) -> str:
+    """What `evaluate_source` found, as COCO prints it: boxes, and below them masks where there are any."""
+    if "segm/AP" not in figures:
+        return format_coco(figures)
+    parts = [(kind, format_coco(figures, prefix=prefix)) for kind, prefix in (("bbox", ""), ("segm", "segm/"))]
+    return "\n".join(f"Evaluate annotation type *{kind}*\n{lines}" for kind, lines in parts)
 
 
-def _chosen(engine: str) -> str:
+def _check_choice(value: str, known: tuple[str, ...], what: str) -> None:
+    if value not in known:
+        raise InputError(f"{what}={value} is not known;{nearest(value, known)} choose from {', '.join(known)}")
+
+
+def _chosen(engine: Engine, truth: dict[str, Any]) -> str:
+    """`auto` takes the fast engine wherever its figures are proven to be the reference's, by test_eval_engines.py."""
+    odd = _odd_id(truth)
     if engine == "auto":
-        return "hotcoco" if importlib.util.find_spec("hotcoco") is not None else "pycocotools"
+        return "hotcoco" if odd is None and importlib.util.find_spec("hotcoco") is not None else "pycocotools"
     if importlib.util.find_spec(engine) is None:
-        raise InputError(f"eval.engine={engine} is not installed: pip install {engine}, or take eval.engine=auto")
+        raise InputError(f"the engine {engine} is not installed: pip install {engine}, or take the engine auto")
+    if engine == "hotcoco" and odd is not None:
+        raise InputError(f"hotcoco's figures are not COCO's where {odd}; take the engine auto or pycocotools, or number from 1")
     return engine
 
 
-def _pycocotools(truth: dict[str, Any], rows: list[dict[str, Any]], iou_type: str) -> tuple[list[float], np.ndarray]:
+def _odd_id(truth: dict[str, Any]) -> str | None:
+    # pycocotools reads a match with annotation 0 as no match, and so does everybody's published figure; hotcoco takes no negative ids.
+    for what in ("images", "categories", "annotations"):
+        lowest = min((one["id"] for one in truth[what]), default=1)
+        if lowest < (1 if what == "annotations" else 0):
+            return f"{what} have the id {lowest}"
+    return None
+
+
+def _check_rows(rows: list[CocoRow], truth: dict[str, Any], image_ids: list[int], where: str) -> None:
+    categories = [one["id"] for one in truth["categories"]]
+    named = ", ".join(f"{one['id']} is {one['name']}" for one in truth["categories"][:3])
+    hint = f" ({named} …): give the annotations' own ids, not a network's labels"
+    check_known(np.array([row.image_id for row in rows], dtype=np.int64), image_ids, f"{where}: no image of the annotations has the id")
+    check_known(np.array([row.category_id for row in rows], dtype=np.int64), categories, f"{where}: no category has the id", hint)
+    for number, row in enumerate(rows):
+        if isinstance(row, KeypointRow) and len(row.keypoints) != 3 * KEYPOINTS:
+            raise InputError(f"{where}, row [{number}]: {len(row.keypoints)} numbers in keypoints, not {KEYPOINTS} points [x, y, v]")
+    sizes = {one["id"]: (one["height"], one["width"]) for one in truth["images"]}
+    masks = [(number, row.image_id, row.segmentation) for number, row in enumerate(rows) if isinstance(row, MaskRow)]
+    check_run_lengths(masks, sizes, lambda number: f"{where}, row [{number}]")
+
+
+def _pycocotools(truth: dict[str, Any], rows: list[CocoRow], iou_type: IouType) -> tuple[list[float], np.ndarray]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = copy.deepcopy(truth)  # it writes run-length codes and flags into what it is given
+        coco, nothing = COCO(), COCO()
+        coco.dataset, nothing.dataset = truth, truth | {"annotations": []}
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(rows)), iou_type)
+        nothing.createIndex()
+        found = coco.loadRes([_as_dict(row) for row in rows]) if rows else nothing  # loadRes fails on an empty list
+        evaluation = COCOeval(coco, found, iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -87,59 +134,45 @@ def _pycocotools(truth: dict[str, Any], rows: list[dict[str, Any]], iou_type: st
     return list(evaluation.stats), evaluation.eval["precision"]
 
 
-def _hotcoco(truth: dict[str, Any], rows: list[dict[str, Any]], iou_type: str) -> tuple[list[float], np.ndarray]:
+def _hotcoco(truth: dict[str, Any], rows: list[CocoRow], iou_type: IouType) -> tuple[list[float], np.ndarray]:
     import hotcoco
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        truth_file, rows_file = Path(folder) / "truth.json", Path(folder) / "detections.json"
-        truth_file.write_text(json.dumps(truth))
-        rows_file.write_text(json.dumps(rows))
-        coco = hotcoco.COCO(str(truth_file))
-        evaluation = hotcoco.COCOeval(coco, coco.loadRes(str(rows_file)), iou_type)
+    found = np.array([(r.image_id, *r.bbox, r.score, r.category_id) for r in rows if isinstance(r, BoxRow)], dtype=np.float64)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = hotcoco.COCO(truth)
+        results = coco.load_res(found if len(found) else [_as_dict(row) for row in rows])
+        evaluation = hotcoco.COCOeval(coco, results, iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        return list(evaluation.stats), np.asarray(evaluation.eval["precision"])
+    curves = evaluation.eval
+    assert curves is not None, "accumulate() was called"
+    return list(evaluation.stats), np.asarray(curves["precision"])
 
 
-_ENGINES = {"pycocotools": _pycocotools, "hotcoco": _hotcoco}
+_ENGINES: dict[str, Callable[[dict[str, Any], list[CocoRow], IouType], tuple[list[float], np.ndarray]]] = {
+    "pycocotools": _pycocotools,
+    "hotcoco": _hotcoco,
+}
 
 
-def _checked_truth(ground_truth: Path | dict[str, Any]) -> dict[str, Any]:
-    truth = read_json(ground_truth, "annotations") if isinstance(ground_truth, Path) else ground_truth
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
-            name = ground_truth if isinstance(ground_truth, Path) else ""
-            raise InputError(f"annotations {name}: no list {key!r}; a COCO file has images, annotations and categories")
-    return truth
-
-
-def _check_ids(truth: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    for key, known in (
-        ("image_id", {image["id"] for image in truth["images"]}),
-        ("category_id", {one["id"] for one in truth["categories"]}),
-    ):
-        unknown = sorted({str(row[key]) for row in rows if row[key] not in known})
-        if unknown:
-            raise InputError(
-                f"detections name {len(unknown)} {key}s that the annotations do not have, such as {', '.join(unknown[:3])};"
-                f"{nearest(unknown[0], map(str, known))} are the two files of the same split?"
-            )
-
-
-def _nothing_found(truth: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:
-    """What COCO's tool would say of no detection at all, where it fails instead: 0 wherever there is an object, else -1."""
-    areas = [one["area"] for one in truth["annotations"] if not one.get("iscrowd")]
-    present = {"s": any(a <= 32**2 for a in areas), "m": any(32**2 <= a <= 96**2 for a in areas), "l": any(a >= 96**2 for a in areas)}
-    return {name: 0.0 if present.get(name[-1], bool(areas)) else -1.0 for name in names}
+def _as_dict(row: CocoRow) -> dict[str, Any]:
+    common = {"image_id": row.image_id, "category_id": row.category_id, "score": row.score}
+    if isinstance(row, BoxRow):
+        return common | {"bbox": list(row.bbox)}
+    if isinstance(row, MaskRow):
+        return common | {"segmentation": segmentation_of(row.segmentation)}
+    assert isinstance(row, KeypointRow)
+    return common | {"keypoints": row.keypoints}
 
 
 def _per_class(truth: dict[str, Any], precision: np.ndarray) -> dict[str, float]:
-    """AP of each class: precision is [IoU, recall, class, area, detections]; classes in the order of their ids."""
-    names = [one["name"] for one in sorted(truth["categories"], key=lambda one: one["id"])]
-    of_class = precision[:, :, :, 0, -1]
+    """AP of each class: precision is [IoU, recall, class, area, detections], its classes in the order of their ids, area 0 is all."""
+    names = Counter(one["name"] for one in truth["categories"])
     means = {}
-    for number, name in enumerate(names):
-        values = of_class[:, :, number][of_class[:, :, number] > -1]
+    for number, one in enumerate(truth["categories"]):
+        values = precision[:, :, number, 0, -1]
+        values = values[values > -1]
+        name = one["name"] if names[one["name"]] == 1 else f"{one['name']} ({one['id']})"
         means[f"AP/{name}"] = float(values.mean()) if values.size else -1.0
     return means

@@ -1,8 +1,9 @@
-"""Detections as the benchmarks write them, and back."""
+"""Detections as the benchmarks write them."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 
 from detection.data.source import Source
 from detection.structures import Detections
-from resbackbone.errors import InputError
 from resbackbone.runtime.atomic import write_atomically
 
 
@@ -33,8 +33,11 @@ class Record:
 def merge_records(parts: Iterable[Sequence[Record]], *, expected: int) -> list[Record]:
     """The records of several processes as one list in the order of the data set; every image exactly once."""
     records = sorted((record for part in parts for record in part), key=lambda record: record.index)
-    indices = [record.index for record in records]
-    assert indices == list(range(expected)), f"{len(indices)} records of {len(set(indices))} images, expected each of {expected} once"
+    times = Counter(record.index for record in records)
+    twice, missing = [index for index, count in times.items() if count > 1], sorted(set(range(expected)) - set(times))
+    assert not twice, f"images {twice[:5]} (by position) were evaluated more than once; the processes' shares overlap"
+    assert not missing, f"images {missing[:5]} (by position) of {expected} were not evaluated"
+    assert len(records) == expected, f"{len(records)} records for {expected} images"
     return records
 
 
@@ -47,7 +50,7 @@ def coco_results(records: Iterable[Record], source: Source) -> list[dict[str, An
         boxes = found.boxes.double().numpy().copy()
         boxes[:, 2:] -= boxes[:, :2]
         for number, (box, score, label) in enumerate(zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)):
-            row = {"image_id": ids[record.index], "category_id": int(category_ids[label - 1]), "bbox": box, "score": score}
+            row = {"image_id": ids[record.index], "category_id": int(category_ids[label - 1]), "score": score, "bbox": box}
             rows.append(row if record.segmentations is None else row | {"segmentation": record.segmentations[number]})
     return rows
 
@@ -58,7 +61,7 @@ def voc_results(records: Iterable[Record], source: Source) -> list[dict[str, Any
     rows = []
     for record in records:
         found = record.detections
-        boxes = (found.boxes.double() + found.boxes.new_tensor([1, 1, 0, 0])).tolist()
+        boxes = (found.boxes.double().numpy() + np.array([1.0, 1.0, 0.0, 0.0])).tolist()
         for box, score, label in zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True):
             rows.append({"image_id": record.image_id, "category": classes[label - 1], "score": score, "bbox": box})
     return rows
@@ -83,45 +86,9 @@ def write_metrics(output: Path, metrics: dict[str, float]) -> Path:
     return path
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Parse a JSON file; InputError names the file and the place where it breaks off."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{what} {path}: there is no such file") from None
-    except OSError as error:
-        raise InputError(f"{what} {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{what} {path}: not JSON, or cut off ({error})") from None
-
-
-def read_rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Read a list of detections; InputError names the first row that lacks one of `keys` or has a number that is none."""
-    rows = read_json(path, "detections")
-    if not isinstance(rows, list):
-        raise InputError(
-            f"detections {path}: a list of detections is wanted, this is {type(rows).__name__}; COCO's results format has no wrapper"
-        )
-    for number, row in enumerate(rows):
-        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise InputError(f"detections {path}, row {number}: {', '.join(missing)} is missing; each row needs {', '.join(keys)}")
-        if not _is_number(row["score"]) or ("bbox" in row and not _is_box(row["bbox"])):
-            raise InputError(f"detections {path}, row {number}: score must be a finite number and bbox four of them, not {str(row)[:120]}")
-    return rows
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(_is_number(side) for side in value)
-
-
 def encode_masks(masks: Iterable[np.ndarray]) -> list[dict[str, Any]]:
     """COCO's run-length code, JSON-ready, of uint8 (height, width) masks of 0 and 1."""
-    from pycocotools import mask as rle
+    from pycocotools import mask as coco_mask
 
-    codes = [rle.encode(np.asfortranarray(mask)) for mask in masks]
+    codes = [coco_mask.encode(np.asfortranarray(mask)) for mask in masks]
     return [{"size": list(code["size"]), "counts": code["counts"].decode("ascii")} for code in codes]
