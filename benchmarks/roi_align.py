@@ -94,7 +94,8 @@ def compare(case: Case, dtype: torch.dtype, rounds: int) -> tuple[list[float], l
     grad = torch.randn((IMAGES * case.boxes, channels, case.side, case.side), generator=generator).to(dtype)
     if not case.flatten:
         grad = grad.contiguous(memory_format=torch.channels_last)  # as a convolution hands it back
-    peer, pooler = MultiScaleRoIAlign(list(case.levels), case.side, sampling_ratio=2), RegionPooler(case.levels, output_size=case.side)
+    peer = MultiScaleRoIAlign(list(case.levels), case.side, sampling_ratio=2)
+    pooler = RegionPooler(case.levels, output_size=case.side, channels_last=not case.flatten)
 
     def theirs(maps: dict[str, Tensor]) -> Tensor:
         pooled = peer({name: value.float() for name, value in maps.items()}, boxes, [SIZE] * IMAGES)

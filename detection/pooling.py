@@ -32,12 +32,14 @@ class RegionPooler(nn.Module):
         output_size: int = 7,
         sampling_ratio: int = 2,
         aligned: bool = False,
+        channels_last: bool = True,
         compiled_op: bool = False,
     ) -> None:
         """feature_info: the levels to pool from, finest first, each of twice the stride before it.
 
         sampling_ratio: samples a bin and side for align; 0: as many as a bin has cells. aligned: half a cell's shift, as Detectron2
-        has it; torchvision's weights were trained without. compiled_op: torchvision's operator on the CPU too, as export wants it.
+        has it; torchvision's weights were trained without. channels_last: how the bags lay out their result in memory, as convolutions
+        read it; False as fully connected layers do. compiled_op: torchvision's operator on the CPU too, as export wants it.
         """
         super().__init__()
         if op not in OPS:
@@ -47,7 +49,8 @@ class RegionPooler(nn.Module):
             raise InputError(f"regions are pooled from levels whose strides double, finest first; these have {strides}: choose others")
         self.names, self.strides = tuple(strides), tuple(strides.values())
         self.op, self.output_size = op, output_size
-        self.sampling_ratio, self.aligned, self.compiled_op = sampling_ratio, aligned, compiled_op
+        self.sampling_ratio, self.aligned = sampling_ratio, aligned
+        self.channels_last, self.compiled_op = channels_last, compiled_op
 
     def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]) -> Tensor:
         """features: level → (N, C, h, w); boxes: an (R_i, 4) an image, xyxy in its pixels. Returns (R, C, P, P) in the dtype of features.
@@ -60,8 +63,7 @@ class RegionPooler(nn.Module):
         together = together.to(torch.promote_types(maps[0].dtype, torch.float32))  # bfloat16 has whole pixels to 256 only
         level = self.levels_of(together)
         if self._takes_bags(maps[0]):
-            side, samples, scales = self.output_size, self.sampling_ratio, [1 / stride for stride in self.strides]
-            return bag_align(maps, together, image=image, level=level, scales=scales, bins=side, samples=samples, aligned=self.aligned)
+            return self._bags(maps, together, image, level)
         return self._operator(maps, torch.cat((image[:, None].to(together.dtype), together), dim=1), level)
 
     def levels_of(self, boxes: Tensor) -> Tensor:
@@ -74,6 +76,19 @@ class RegionPooler(nn.Module):
     def _takes_bags(self, features: Tensor) -> bool:
         """On a GPU the compiled operator is the fast one, and only it has adaptive sampling and RoIPool."""
         return self.op == "align" and self.sampling_ratio > 0 and features.device.type == "cpu" and not self.compiled_op
+
+    def _bags(self, maps: Sequence[Tensor], boxes: Tensor, image: Tensor, level: Tensor) -> Tensor:
+        return bag_align(
+            maps,
+            boxes,
+            image=image,
+            level=level,
+            scales=[1 / stride for stride in self.strides],
+            bins=self.output_size,
+            samples=self.sampling_ratio,
+            aligned=self.aligned,
+            channels_last=self.channels_last,
+        )
 
     def _operator(self, maps: Sequence[Tensor], rois: Tensor, level: Tensor) -> Tensor:
         """rois: (R, 5), the image's number before each box. torchvision's operators, in float32 as under its autocast."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from detection.evaluation.coco_truth import KEYPOINTS, IouType, check_run_lengths, read_coco_truth, segmentation_of
-from detection.evaluation.rows import BoxRow, CocoRow, KeypointRow, MaskRow, check_known, name_of, read_rows
+from detection.evaluation.rows import BoxRow, CocoRow, KeypointRow, MaskRow, check_finite, check_known, name_of, read_rows
 from resbackbone.errors import InputError, nearest
 
 Engine = Literal["auto", "pycocotools", "hotcoco"]
@@ -103,17 +103,28 @@ def _odd_id(truth: dict[str, Any]) -> str | None:
 
 
 def _check_rows(rows: list[CocoRow], truth: dict[str, Any], image_ids: list[int], where: str) -> None:
-    categories = [one["id"] for one in truth["categories"]]
-    named = ", ".join(f"{one['id']} is {one['name']}" for one in truth["categories"][:3])
-    hint = f" ({named} …): give the annotations' own ids, not a network's labels"
-    check_known(np.array([row.image_id for row in rows], dtype=np.int64), image_ids, f"{where}: no image of the annotations has the id")
-    check_known(np.array([row.category_id for row in rows], dtype=np.int64), categories, f"{where}: no category has the id", hint)
     for number, row in enumerate(rows):
         if isinstance(row, KeypointRow) and len(row.keypoints) != 3 * KEYPOINTS:
             raise InputError(f"{where}, row [{number}]: {len(row.keypoints)} numbers in keypoints, not {KEYPOINTS} points [x, y, v]")
+    numbers = _numbers(rows)
+    check_finite(rows, numbers, where)
+    named = ", ".join(f"{one['id']} is {one['name']}" for one in truth["categories"][:3])
+    hint = f" ({named} …): give the annotations' own ids, not a network's labels"
+    check_known(numbers[:, 0].astype(np.int64), image_ids, f"{where}: no image of the annotations has the id")
+    categories = [one["id"] for one in truth["categories"]]
+    check_known(numbers[:, -1].astype(np.int64), categories, f"{where}: no category has the id", hint)
     sizes = {one["id"]: (one["height"], one["width"]) for one in truth["images"]}
     masks = [(number, row.image_id, row.segmentation) for number, row in enumerate(rows) if isinstance(row, MaskRow)]
     check_run_lengths(masks, sizes, lambda number: f"{where}, row [{number}]")
+
+
+def _numbers(rows: list[CocoRow]) -> np.ndarray:
+    """(N, …) float64: image id, box or keypoints, score, category id. Of boxes it is the array that hotcoco (and pycocotools) take."""
+    if rows and isinstance(rows[0], BoxRow):
+        return np.array([(row.image_id, *row.bbox, row.score, row.category_id) for row in rows if isinstance(row, BoxRow)])
+    between = [row.keypoints if isinstance(row, KeypointRow) else () for row in rows]
+    lines = [(row.image_id, *points, row.score, row.category_id) for row, points in zip(rows, between, strict=True)]
+    return np.array(lines, dtype=np.float64).reshape(len(rows), -1 if rows else 3)
 
 
 def _pycocotools(truth: dict[str, Any], rows: list[CocoRow], iou_type: IouType) -> tuple[list[float], np.ndarray]:
@@ -137,10 +148,9 @@ def _pycocotools(truth: dict[str, Any], rows: list[CocoRow], iou_type: IouType) 
 def _hotcoco(truth: dict[str, Any], rows: list[CocoRow], iou_type: IouType) -> tuple[list[float], np.ndarray]:
     import hotcoco
 
-    found = np.array([(r.image_id, *r.bbox, r.score, r.category_id) for r in rows if isinstance(r, BoxRow)], dtype=np.float64)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = hotcoco.COCO(truth)
-        results = coco.load_res(found if len(found) else [_as_dict(row) for row in rows])
+        results = coco.load_res(_numbers(rows) if rows and iou_type == "bbox" else [_as_dict(row) for row in rows])
         evaluation = hotcoco.COCOeval(coco, results, iou_type)
         evaluation.evaluate()
         evaluation.accumulate()

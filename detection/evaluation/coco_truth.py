@@ -79,7 +79,7 @@ def read_coco_truth(source: Path | dict[str, Any], iou_type: IouType, *, image_i
 
     Raises InputError naming the annotation for what is malformed, twice there, or points nowhere.
     """
-    content = read_typed(source, _KINDS[iou_type], "annotations")
+    content = read_typed(source, _KINDS[iou_type], "annotations", has_masks=iou_type == "segm")
     where = name_of(source, "annotations")
     _check_ids(content, where)
     for number, one in enumerate(content.annotations):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from detection.evaluation.rows import VocRow, check_known, name_of, read_rows
+from detection.evaluation.rows import VocRow, check_finite, check_known, name_of, read_rows
 from resbackbone.errors import InputError
 
 
@@ -74,9 +74,9 @@ def evaluate_voc(truth: VocTruth, detections: Path | Sequence[dict[str, Any]], *
     image_number, label_number = _numbers(truth.image_ids), _numbers(truth.classes)
     image_of = np.array([image_number[name] for name in images.tolist()], dtype=np.int64)
     labels = np.array([label_number[name] for name in classes.tolist()], dtype=np.int64)
-    scores = np.array([row.score for row in rows], dtype=np.float64)
-    boxes = np.array([row.bbox for row in rows], dtype=np.float64).reshape(-1, 4)
-    order = np.argsort(-scores, kind="stable")  # equal scores keep the file's order
+    numbers = np.array([(row.score, *row.bbox) for row in rows], dtype=np.float64).reshape(-1, 5)
+    check_finite(rows, numbers, where)
+    order, boxes = np.argsort(-numbers[:, 0], kind="stable"), numbers[:, 1:]  # equal scores keep the file's order
     labels = labels[order]
     best, overlap = best_objects(truth, image_of[order] * len(truth.classes) + labels, boxes[order])
     is_true, is_false = _judge(best, overlap >= iou, truth.difficult)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -56,11 +58,20 @@ def test_equals_torchvision(info: dict[str, FeatureInfo], side: int, channels_la
     _same(pooled, peer(maps, boxes, [SIZE, SIZE]), maps)
 
 
-def test_more_channels_than_one_pass_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    maps, boxes = _maps(SINGLE), [_boxes(9), _boxes(3)]
-    expected = MultiScaleRoIAlign(list(SINGLE), 7, sampling_ratio=2)(maps, boxes, [SIZE, SIZE])
-    monkeypatch.setattr(bag_align, "CHANNELS_AT_A_TIME", 2)
-    _same(RegionPooler(SINGLE)(maps, boxes, [SIZE, SIZE]), expected, maps)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_more_than_one_pass(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regions in the forward, channels in the backward; the last pass is a smaller one."""
+    maps, boxes = _maps(PYRAMID), [_boxes(9), _boxes(5)]
+    expected = MultiScaleRoIAlign(list(PYRAMID), 7, sampling_ratio=2)(maps, boxes, [SIZE, SIZE])
+    monkeypatch.setattr(bag_align, "REGIONS_AT_A_TIME", 4)
+    monkeypatch.setattr(bag_align, "COPY_BYTES", expected.nbytes // 2)
+    _same(RegionPooler(PYRAMID, channels_last=channels_last)(maps, boxes, [SIZE, SIZE]), expected, maps)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layout_is_the_one_asked_for(channels_last: bool) -> None:
+    pooled = RegionPooler(PYRAMID, channels_last=channels_last)(_maps(PYRAMID), [_boxes(9), _boxes(5)], [SIZE, SIZE])
+    assert pooled.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 EDGES = {
@@ -87,10 +98,10 @@ def test_edges(edge: str, aligned: bool, sampling_ratio: int) -> None:
     _same(pooled, roi_align(maps["conv4_x"], boxes, 3, 1 / 16, sampling_ratio, aligned), maps)
 
 
-@pytest.mark.parametrize("compiled_op", [False, True])
-def test_no_boxes_at_all(compiled_op: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"channels_last": False}, {"compiled_op": True}])
+def test_no_boxes_at_all(options: dict[str, Any]) -> None:
     maps = _maps(PYRAMID)
-    pooled = RegionPooler(PYRAMID, compiled_op=compiled_op)(maps, [torch.zeros((0, 4))] * 2, [SIZE, SIZE])
+    pooled = RegionPooler(PYRAMID, **options)(maps, [torch.zeros((0, 4))] * 2, [SIZE, SIZE])
     assert pooled.shape == (0, CHANNELS, 7, 7)
     assert all(not gradient.any() for gradient in _gradients(pooled, maps))
 
@@ -188,9 +199,9 @@ def test_pool_from_a_pyramid_takes_each_box_from_its_level() -> None:
         ({"p4": PYRAMID["p4"], "p3": PYRAMID["p3"]}, {}, "finest first"),
     ],
 )
-def test_wrong_settings_are_explained(info: dict[str, FeatureInfo], options: dict[str, str], message: str) -> None:
+def test_wrong_settings_are_explained(info: dict[str, FeatureInfo], options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        RegionPooler(info, **options)  # type: ignore[arg-type]
+        RegionPooler(info, **options)
 
 
 @pytest.mark.gpu

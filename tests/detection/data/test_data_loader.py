@@ -214,6 +214,7 @@ def test_a_really_small_shared_memory(tmp_path: Path, repository: Path) -> None:
 # Workers and signals ------------------------------------------------------------------------------------------------------------------
 
 _LEAVES_IN_A_HURRY = """
+    import signal
     from detection.data import load_source
     from detection.data.loader import build_train_loader
 
@@ -225,14 +226,18 @@ _LEAVES_IN_A_HURRY = """
 """
 
 
-@pytest.mark.parametrize(("ending", "code"), [("raise ValueError('no')", 1), ("import os, signal; os.kill(0, signal.SIGINT)", 130)])
+# Set first, since what a shell starts in the background ignores SIGINT.
+_CTRL_C = "import os; signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(0, signal.SIGINT)"
+
+
+@pytest.mark.parametrize(("ending", "code"), [("raise ValueError('no')", 1), (_CTRL_C, 130)])
 def test_a_process_that_stops_takes_its_workers_along(tmp_path: Path, repository: Path, ending: str, code: int) -> None:
     script = tmp_path / "leaves.py"
     script.write_text(textwrap.dedent(_LEAVES_IN_A_HURRY.format(ending)))
     started = time.monotonic()
     done = _run([sys.executable, str(script)], repository)
     assert done.returncode in (code, -2)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 55, "workers that are not told to stop hold the exit up for 60 s"
     assert "Process Process" not in done.stderr, "workers say nothing of their own"
 
 
