@@ -40,8 +40,8 @@ def build_detector(
     rpn = ProposalNetwork(
         next(iter(levels.values())).channels,
         anchor_grid(levels, sizes=model.anchor_sizes),
-        train_limits=Limits(candidates=candidates_train, proposals=model.roi.proposals_train),
-        test_limits=Limits(candidates=candidates_test, proposals=model.roi.proposals_test),
+        train_limits=Limits(candidates=model.roi.candidates_train or candidates_train, proposals=model.roi.proposals_train),
+        test_limits=Limits(candidates=model.roi.candidates_test or candidates_test, proposals=model.roi.proposals_test),
     )
     pooled_levels = _pooled(levels)
     runs_conv5 = not isinstance(box_head, TwoFCHead)

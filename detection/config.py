@@ -41,6 +41,8 @@ class RoiConfig:
     op: Literal["align", "pool"] = "align"  # the paper pools; aligning (He et al. 2017) is never worse
     proposals_train: int = 2000  # Ren et al. 2015, §3.3
     proposals_test: int = 300  # He et al. 2015, appendix A; FPN uses 1000
+    candidates_train: int | None = None  # boxes by score before NMS; null: 2000 a level on a pyramid, 12000 on one map
+    candidates_test: int | None = None  # null: 1000 a level on a pyramid, 6000 on one map
     samples: int | None = None  # regions trained on per image; null: 512 with two FC layers, 128 where conv5_x runs on each (Ren et al.)
     pool_size: int | None = None  # null: 14 before conv5_x (which halves it), 7 before FC layers
     head_width: int = 1024  # of the two FC layers (Lin et al. 2017, FPN §4.2)

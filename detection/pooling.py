@@ -94,7 +94,7 @@ class RegionPooler(nn.Module):
         """rois: (R, 5), the image's number before each box. torchvision's operators, in float32 as under its autocast."""
         if len(maps) == 1:
             return self._pool(maps[0].to(rois.dtype), rois, 1 / self.strides[0]).to(maps[0].dtype)
-        pooled = rois.new_zeros((len(rois), maps[0].shape[1], self.output_size, self.output_size))
+        pooled = rois.new_zeros((rois.shape[0], maps[0].shape[1], self.output_size, self.output_size))
         for number, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.nonzero(level == number).flatten()
             pooled = pooled.index_copy(0, chosen, self._pool(features.to(rois.dtype), rois[chosen], 1 / stride))

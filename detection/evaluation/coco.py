@@ -40,12 +40,12 @@ def evaluate_coco(
     _check_choice(iou_type, IOU_TYPES, "iou_type")
     _check_choice(engine, ENGINES, "engine")
     truth = read_coco_truth(ground_truth, iou_type, image_ids=image_ids)
-    all_images = [one["id"] for one in truth["images"]] if image_ids is None else sorted({*map(int, image_ids)})
+    images = [one["id"] for one in truth["images"]]
     rows = read_rows(detections, _ROWS[iou_type])
     where = name_of(detections, "detections")
-    _check_rows(rows, truth, all_images, where)
+    numbers = _checked_numbers(rows, truth, images, where)
     compute = _ENGINES[_chosen(engine, truth)]
-    stats, precision = compute(truth, rows, iou_type)
+    stats, precision = compute(truth, rows, numbers, iou_type)
     names = KEYPOINT_NAMES if iou_type == "keypoints" else NAMES
     return {name: float(value) for name, value in zip(names, stats, strict=True)} | _per_class(truth, precision)
 
@@ -102,10 +102,13 @@ def _odd_id(truth: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_rows(rows: list[CocoRow], truth: dict[str, Any], image_ids: list[int], where: str) -> None:
-    for number, row in enumerate(rows):
-        if isinstance(row, KeypointRow) and len(row.keypoints) != 3 * KEYPOINTS:
-            raise InputError(f"{where}, row [{number}]: {len(row.keypoints)} numbers in keypoints, not {KEYPOINTS} points [x, y, v]")
+def _checked_numbers(rows: list[CocoRow], truth: dict[str, Any], image_ids: list[int], where: str) -> np.ndarray:
+    """(N, …) float64: image id, [x, y, width, height] or keypoints, score, category id. Raises InputError for rows that are wrong."""
+    if rows and isinstance(rows[0], KeypointRow):
+        lengths = [len(row.keypoints) for row in rows if isinstance(row, KeypointRow)]
+        odd = next((number for number, length in enumerate(lengths) if length != 3 * KEYPOINTS), None)
+        if odd is not None:
+            raise InputError(f"{where}, row [{odd}]: {lengths[odd]} numbers in keypoints, not {KEYPOINTS} points [x, y, v]")
     numbers = _numbers(rows)
     check_finite(rows, numbers, where)
     named = ", ".join(f"{one['id']} is {one['name']}" for one in truth["categories"][:3])
@@ -113,21 +116,24 @@ def _check_rows(rows: list[CocoRow], truth: dict[str, Any], image_ids: list[int]
     check_known(numbers[:, 0].astype(np.int64), image_ids, f"{where}: no image of the annotations has the id")
     categories = [one["id"] for one in truth["categories"]]
     check_known(numbers[:, -1].astype(np.int64), categories, f"{where}: no category has the id", hint)
-    sizes = {one["id"]: (one["height"], one["width"]) for one in truth["images"]}
-    masks = [(number, row.image_id, row.segmentation) for number, row in enumerate(rows) if isinstance(row, MaskRow)]
-    check_run_lengths(masks, sizes, lambda number: f"{where}, row [{number}]")
+    if rows and isinstance(rows[0], MaskRow):
+        sizes = {one["id"]: (one["height"], one["width"]) for one in truth["images"]}
+        masks = [(number, row.image_id, row.segmentation) for number, row in enumerate(rows) if isinstance(row, MaskRow)]
+        check_run_lengths(masks, sizes, lambda number: f"{where}, row [{number}]")
+    return numbers
 
 
 def _numbers(rows: list[CocoRow]) -> np.ndarray:
-    """(N, …) float64: image id, box or keypoints, score, category id. Of boxes it is the array that hotcoco (and pycocotools) take."""
     if rows and isinstance(rows[0], BoxRow):
-        return np.array([(row.image_id, *row.bbox, row.score, row.category_id) for row in rows if isinstance(row, BoxRow)])
-    between = [row.keypoints if isinstance(row, KeypointRow) else () for row in rows]
-    lines = [(row.image_id, *points, row.score, row.category_id) for row, points in zip(rows, between, strict=True)]
-    return np.array(lines, dtype=np.float64).reshape(len(rows), -1 if rows else 3)
+        lines: list[Any] = [(row.image_id, *row.bbox, row.score, row.category_id) for row in rows if isinstance(row, BoxRow)]
+    elif rows and isinstance(rows[0], KeypointRow):
+        lines = [(row.image_id, *row.keypoints, row.score, row.category_id) for row in rows if isinstance(row, KeypointRow)]
+    else:
+        lines = [(row.image_id, row.score, row.category_id) for row in rows]
+    return np.array(lines, dtype=np.float64) if lines else np.zeros((0, 3))
 
 
-def _pycocotools(truth: dict[str, Any], rows: list[CocoRow], iou_type: IouType) -> tuple[list[float], np.ndarray]:
+def _pycocotools(truth: dict[str, Any], rows: list[CocoRow], numbers: np.ndarray, iou_type: IouType) -> tuple[list[float], np.ndarray]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -145,12 +151,12 @@ def _pycocotools(truth: dict[str, Any], rows: list[CocoRow], iou_type: IouType) 
     return list(evaluation.stats), evaluation.eval["precision"]
 
 
-def _hotcoco(truth: dict[str, Any], rows: list[CocoRow], iou_type: IouType) -> tuple[list[float], np.ndarray]:
+def _hotcoco(truth: dict[str, Any], rows: list[CocoRow], numbers: np.ndarray, iou_type: IouType) -> tuple[list[float], np.ndarray]:
     import hotcoco
 
     with contextlib.redirect_stdout(io.StringIO()):
         coco = hotcoco.COCO(truth)
-        results = coco.load_res(_numbers(rows) if rows and iou_type == "bbox" else [_as_dict(row) for row in rows])
+        results = coco.load_res(numbers if rows and iou_type == "bbox" else [_as_dict(row) for row in rows])
         evaluation = hotcoco.COCOeval(coco, results, iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -160,7 +166,7 @@ def _hotcoco(truth: dict[str, Any], rows: list[CocoRow], iou_type: IouType) -> t
     return list(evaluation.stats), np.asarray(curves["precision"])
 
 
-_ENGINES: dict[str, Callable[[dict[str, Any], list[CocoRow], IouType], tuple[list[float], np.ndarray]]] = {
+_ENGINES: dict[str, Callable[[dict[str, Any], list[CocoRow], np.ndarray, IouType], tuple[list[float], np.ndarray]]] = {
     "pycocotools": _pycocotools,
     "hotcoco": _hotcoco,
 }

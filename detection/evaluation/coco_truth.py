@@ -111,10 +111,8 @@ def _check_object(one: Object, where: str) -> None:
         raise InputError(f"{where}: bbox {list(one.bbox)}, area {one.area}: not finite numbers; correct or delete it")
     if isinstance(one, KeypointObject) and len(one.keypoints) != 3 * KEYPOINTS:
         raise InputError(f"{where}: {len(one.keypoints)} numbers in keypoints; COCO's measure is defined for {KEYPOINTS} points [x, y, v]")
-    if isinstance(one, MaskObject) and isinstance(one.segmentation, list):
-        lengths = [len(polygon) for polygon in one.segmentation]
-        if not lengths or min(lengths) < 6 or any(length % 2 for length in lengths):
-            raise InputError(f"{where}: its polygons have {lengths or 'no'} numbers; each needs x and y of three corners or more")
+    if isinstance(one, MaskObject) and isinstance(one.segmentation, list) and not segmentation_of(one.segmentation):
+        raise InputError(f"{where}: no polygon of three corners or more, and no run-length code, in segmentation")
 
 
 def _check_masks(content: _File, where: str) -> None:
@@ -143,9 +141,9 @@ def check_run_lengths(rows: list[tuple[int, int, RunLengths]], sizes: dict[int, 
 
 
 def segmentation_of(value: list[list[float]] | RunLengths) -> Any:
-    """As the engines take it."""
+    """As the engines take it; what encloses nothing is left out, as in training (COCO's tools take four numbers for a box)."""
     if isinstance(value, list):
-        return value
+        return [polygon for polygon in value if len(polygon) >= 6 and len(polygon) % 2 == 0]
     if isinstance(value.counts, str):
         return {"size": list(value.size), "counts": value.counts}
     from pycocotools import mask as coco_mask

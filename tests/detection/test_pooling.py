@@ -211,3 +211,18 @@ def test_gpu_equals_cpu() -> None:
     pooler = RegionPooler(PYRAMID)
     there = pooler({name: value.cuda() for name, value in maps.items()}, [part.cuda() for part in boxes], [SIZE, SIZE])
     _same(there.cpu(), pooler(maps, boxes, [SIZE, SIZE]), maps)
+
+
+def test_compiled_op_exports_for_any_number_of_boxes() -> None:
+    class Pooled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pooler = RegionPooler(PYRAMID, compiled_op=True)
+
+        def forward(self, maps: dict[str, Tensor], boxes: Tensor) -> Tensor:
+            return self.pooler(maps, [boxes], [SIZE])
+
+    maps = {name: value.detach()[:1].contiguous() for name, value in _maps(PYRAMID).items()}
+    shapes = ({name: None for name in maps}, {0: torch.export.Dim("boxes")})
+    exported = torch.export.export(Pooled(), (maps, _boxes(5)), dynamic_shapes=shapes).module()
+    assert torch.equal(exported(maps, _boxes(12, seed=4)), Pooled()(maps, _boxes(12, seed=4)))

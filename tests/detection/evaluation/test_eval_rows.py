@@ -128,8 +128,8 @@ def test_bad_masks(change: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"segmentation": []}, "its polygons have no numbers"),
-        ({"segmentation": [[1, 2, 3, 4]]}, r"its polygons have \[4\] numbers"),
+        ({"segmentation": []}, r"annotations\[0\] \(id 1\): no polygon of three corners"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "no polygon of three corners"),
         ({"segmentation": {"size": [20, 30], "counts": "9"}}, r"annotations\[0\]: the mask's counts are no run-length code"),
     ],
 )
@@ -137,6 +137,12 @@ def test_bad_true_masks(change: dict[str, Any], words: str) -> None:
     truth = MASK_TRUTH | {"annotations": [MASK_TRUTH["annotations"][0] | change]}
     with pytest.raises(InputError, match=words):
         evaluate_coco(truth, [MASK_ROW], iou_type="segm")
+
+
+def test_a_polygon_without_area_is_left_out_as_in_training() -> None:
+    (one,) = MASK_TRUTH["annotations"]
+    more = MASK_TRUTH | {"annotations": [one | {"segmentation": [[1, 2, 3, 4], *one["segmentation"]]}]}
+    assert evaluate_coco(more, [MASK_ROW], iou_type="segm") == evaluate_coco(MASK_TRUTH, [MASK_ROW], iou_type="segm")
 
 
 def test_masks_need_image_sizes_and_segmentations() -> None:
