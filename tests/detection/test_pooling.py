@@ -223,6 +223,6 @@ def test_compiled_op_exports_for_any_number_of_boxes() -> None:
             return self.pooler(maps, [boxes], [SIZE])
 
     maps = {name: value.detach()[:1].contiguous() for name, value in _maps(PYRAMID).items()}
-    shapes = ({name: None for name in maps}, {0: torch.export.Dim("boxes")})
+    shapes = (dict.fromkeys(maps), {0: torch.export.Dim("boxes")})
     exported = torch.export.export(Pooled(), (maps, _boxes(5)), dynamic_shapes=shapes).module()
     assert torch.equal(exported(maps, _boxes(12, seed=4)), Pooled()(maps, _boxes(12, seed=4)))
