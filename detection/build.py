@@ -46,7 +46,7 @@ def build_detector(
     pooled_levels = _pooled(levels)
     runs_conv5 = not isinstance(box_head, TwoFCHead)
     roi_head = RoIHead(
-        RegionPooler(pooled_levels, op=model.roi.op, output_size=pool_size),
+        RegionPooler(pooled_levels, op=model.roi.op, output_size=pool_size, channels_last=runs_conv5),  # FC layers flatten channels first
         box_head,
         num_classes=num_classes,
         samples=model.roi.samples or (128 if runs_conv5 else 512),

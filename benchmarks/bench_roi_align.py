@@ -1,6 +1,6 @@
 """RoIAlign on the CPU: ours (embedding bags) beside torchvision.ops.roi_align, one thread, runs alternated in one process.
 
-    python benchmarks/roi_align.py [--case fpn c4 c4_wide fpn_test] [--precision fp32 bf16] [--rounds 5] [--threads 1]
+    python benchmarks/bench_roi_align.py [--case fpn c4 c4_wide fpn_test] [--precision fp32 bf16] [--rounds 5] [--threads 1]
 
 Each ratio is torchvision's processor time over ours in the same round, forward and backward together (fpn_test: forward only);
 printed are the median, the smallest and the largest, and how far outputs and gradients were from torchvision's float32. A round
