@@ -5,10 +5,11 @@ Each default states its reason. A YAML file holds one run's differences from the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from resbackbone.errors import InputError
 from resbackbone.runtime.config import load_config, load_config_text
@@ -152,6 +153,20 @@ def load_detection_config(path: Path | None, overrides: Sequence[str] = ()) -> D
 def parse_detection_config(text: str, *, source: str, overrides: Sequence[str] = ()) -> DetectionConfig:
     """The same for YAML in memory, such as the config inside a weights file."""
     return load_config_text(DetectionConfig, text, source=source, overrides=overrides)
+
+
+def changed_settings(before: DetectionConfig, after: DetectionConfig) -> list[str]:
+    """Every setting in which two configs differ, as `key.path: old → new`."""
+    old, new = (dict(_flat(dataclasses.asdict(config))) for config in (before, after))
+    return [f"{key}: {old[key]} → {new[key]}" for key in old if old[key] != new[key]]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def chosen_device(config: DetectionConfig) -> str | None:

@@ -14,6 +14,7 @@ from detection.evaluation.results import Record, write_metrics, write_results
 from detection.predict import detector_metadata
 from detection.train_state import TrainState
 from detection.validate import Validator
+from resbackbone.backbone import Backbone
 from resbackbone.runtime import distributed
 from resbackbone.runtime.checkpoint import save_weights
 from resbackbone.runtime.config import save_config
@@ -39,10 +40,15 @@ def announce(
     log.message(f"train: {describe_split(train)}")
     log.message(f"val: {describe_split(val)}")
     log.message(f"{config.model.backbone.name} {config.model.head}: {total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M learn")
+    report = next((module.load_report for module in state.detector.modules() if isinstance(module, Backbone)), "")
+    if report:
+        log.message(f"backbone weights {config.model.backbone.weights}: {report}")
     images = settings.batch_size * settings.accumulate
     log.message(f"learning rate {settings.lr:g} for {settings.reference_batch} images a step → {base_lr:g} for {images}")
     if checkpoint is not None:
         log.message(f"resumed at step {state.step} from {checkpoint}")
+        for change in state.changed_settings:
+            log.message(f"changed since that checkpoint: {change}")
 
 
 def describe_split(source: Source) -> str:

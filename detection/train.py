@@ -92,6 +92,8 @@ def _run(config: DetectionConfig, output: Path, resume: str | None, process: dis
             state.save()
             log.message(f"stopped by a signal at step {state.step}; `--resume auto` goes on from its checkpoint")
             raise
+        if unreadable := loader.unreadable_images():
+            log.message(f"{len(unreadable)} training images could not be read and others took their place; tools/check_data.py names them")
         log.message(bottleneck_sentence(timer.total(), workers=config.data.workers, device=process.device.type))
         return TrainResult(metrics=state.metrics, primary=validator.primary, weights=finish(state, validator, output, log), output=output)
 

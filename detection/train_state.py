@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from detection.config import DetectionConfig
+from detection.config import DetectionConfig, changed_settings, parse_detection_config
 from resbackbone.errors import InputError
 from resbackbone.runtime import distributed
 from resbackbone.runtime.checkpoint import mark_best, save_checkpoint
@@ -45,6 +45,7 @@ class TrainState:
         self.best: float | None = None
         self.evaluations_without_gain = 0
         self.metrics: dict[str, float] = {}
+        self.changed_settings: list[str] = []  # what a resumed run does otherwise than the one it goes on with
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -127,6 +128,7 @@ class TrainState:
         except RuntimeError as error:
             first = str(error).splitlines()[:4]
             raise InputError(f"{source} belongs to another detector than this config describes: {' '.join(first)}") from error
+        self.changed_settings = changed_settings(parse_detection_config(saved["config"], source=str(source)), self.config)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.precision.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None and saved["ema"] is not None:

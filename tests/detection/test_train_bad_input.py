@@ -111,7 +111,8 @@ def test_resume_skips_a_damaged_checkpoint(train_det: Tool, finished: Path, tiny
     shutil.copytree(finished, output)
     newest = max((output / "checkpoints").glob("step_*")) / "state.pt"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    assert train_det(output, f"data.root={tiny_coco}", "--resume", "auto") == 0
+    assert train_det(output, f"data.root={tiny_coco}", "--resume", "auto", "train.log_every=2") == 0
+    assert "changed since that checkpoint: train.log_every: 1 → 2" in (output / "log.txt").read_text()
     ours, theirs = (load_file(folder / "model_final.safetensors") for folder in (output, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
