@@ -60,7 +60,7 @@ def test_twenty_steps_twice(tiny_coco: Path, tmp_path: Path, first: tuple[Path, 
 
 def test_the_loss_falls_and_another_seed_is_another_run(tiny_coco: Path, tmp_path: Path, first: tuple[Path, list[float]]) -> None:
     _, losses = first
-    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])  # 0.72 to 0.84 over four seeds
     assert run(tiny_coco, tmp_path / "run", "train.seed=1", "train.steps=2") != losses[:2]
 
 
