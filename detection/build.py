@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import nn
@@ -64,6 +65,15 @@ def build_detector(
     )
 
 
+def resolved_config(config: DetectionConfig, detector: FasterRCNN) -> DetectionConfig:
+    """The config with what the backbone's weights decided, so that the detector can be built again without them: the norms' epsilon."""
+    backbone = next(module for module in detector.modules() if isinstance(module, Backbone))
+    if config.model.backbone.norm_eps is not None or backbone.weights_eps is None:
+        return config
+    spec = dataclasses.replace(config.model.backbone, norm_eps=backbone.weights_eps)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=spec))
+
+
 def _backbone(model: ModelConfig, initial_weights: bool) -> Backbone:
     spec = model.backbone
     return create_backbone(
@@ -77,6 +87,7 @@ def _backbone(model: ModelConfig, initial_weights: bool) -> Backbone:
         dilation_rule=spec.dilation_rule,
         checkpointing=spec.checkpointing,
         allow_random_frozen=not initial_weights,
+        **spec.options,
     )
 
 

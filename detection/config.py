@@ -26,13 +26,16 @@ class BackboneConfig:
     """Which network carries the detector, and how much of it learns."""
 
     name: str = "resnet50"  # list_backbones() has ours; timm:NAME and torchvision:NAME take theirs
-    variant: Literal["v1", "v1.5"] = "v1.5"  # torchvision's weights have the stride in the 3x3; the paper's own release in the 1x1 (v1)
+    variant: Literal["v1", "v1.5", "v2"] = (
+        "v1.5"  # torchvision's weights have the stride in the 3x3; the paper's own release in the 1x1 (v1)
+    )
     weights: str | None = "torchvision"  # null | a file | torchvision | timm
     norm: Literal["batch", "frozen", "eval", "sync", "group", "none"] = "frozen"  # He et al. 2015, appendix A: BN fixed in detection
     norm_eps: float | None = None  # null: the source's, 1e-5
     freeze_at: int = 2  # conv1 and conv2_x, as Fast R-CNN found enough; 0 from scratch
     dilation_rule: Literal["torchvision", "detectron2"] = "torchvision"  # bites with head dc5 only; weights want the rule they met
     checkpointing: bool = False  # trades a third more compute for most of the activations' memory
+    options: dict[str, Any] = field(default_factory=dict)  # what only this network has, as {shortcut: A, stochastic_depth: 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection.build import build_detector
+from detection.build import build_detector, resolved_config
 from detection.config import DetectionConfig, chosen_device, load_split, train_loader
 from detection.data.loader import BatchLoader
 from detection.data.source import check_same_classes
@@ -64,6 +64,7 @@ def _run(config: DetectionConfig, output: Path, resume: str | None, process: dis
     train_source, val_source = load_split(config, "train"), load_split(config, "val")
     check_same_classes(train_source, val_source)
     detector = build_detector(config, len(train_source.annotations.classes)).to(process.device)
+    config = resolved_config(config, detector)
     if settings.channels_last:
         detector = detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     base_lr = scaled_lr(settings.lr, batch=settings.batch_size * settings.accumulate, reference_batch=settings.reference_batch)

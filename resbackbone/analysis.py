@@ -16,11 +16,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resbackbone.backbone import Backbone, FeatureInfo
 from resbackbone.errors import InputError
-from resbackbone.registry import FOREIGN, create_backbone, create_classifier
-from resbackbone.weights import read_state_dict
+from resbackbone.registry import FOREIGN, create_backbone, create_classifier, designed_for
+from resbackbone.weights import read_weights
 
 # Table 1's last row, in 10^9; ours are exact, and 18 to 50 layers come out as 1.81, 3.66 and 3.86, which the paper seems to cut, not round.
-PAPER_MULTIPLY_ADDS = {"resnet18": 1.8, "resnet34": 3.6, "resnet50": 3.8, "resnet101": 7.6, "resnet152": 11.3}
+PAPER_MULTIPLY_ADDS = {
+    "plain18": 1.8,
+    "plain34": 3.6,
+    "resnet18": 1.8,
+    "resnet34": 3.6,
+    "resnet50": 3.8,
+    "resnet101": 7.6,
+    "resnet152": 11.3,
+}
+# Table 6, in 10^6, with option A
+PAPER_PARAMETERS = {
+    "resnet20_cifar": 0.27,
+    "resnet32_cifar": 0.46,
+    "resnet44_cifar": 0.66,
+    "resnet56_cifar": 0.85,
+    "resnet110_cifar": 1.7,
+    "resnet1202_cifar": 19.4,
+}
 
 
 @dataclass(frozen=True)
@@ -121,27 +138,43 @@ def _aligned(line: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join(cells).rstrip()
 
 
-def describe(name: str, *, input_size: int = 224, variant: str = "v1", weights: str | Path | None = None) -> str:
-    """Table 1 of a network by name, as text; with `weights`, a line on how they fit. InputError as `create_backbone` raises it."""
-    if input_size < 1:
-        raise InputError(f"--input-size {input_size} is not possible; it must be at least 1, usually 224")
-    net = _whole_network(name, variant, weights)
-    table = describe_network(net, (input_size, input_size))
-    lines = [f"{name}{f', {net.variant}' if net.variant else ''}, one image of {input_size} x {input_size}", format_table(table)]
-    if name in PAPER_MULTIPLY_ADDS and input_size == 224 and net.variant in ("", "v1"):
-        lines.append(f"the paper's Table 1 says {PAPER_MULTIPLY_ADDS[name]} x 10^9 multiply-adds")
+def describe(
+    name: str, *, input_size: int | None = None, variant: str = "v1", shortcut: str | None = None, weights: str | Path | None = None
+) -> str:
+    """Table 1 of a network by name, as text; with `weights`, a line on how they fit. InputError as `create_backbone` raises it.
+
+    input_size: pixels; None: the size it was designed for.
+    """
+    size = designed_for(name).input_size if input_size is None else input_size
+    if size < 1:
+        raise InputError(f"--input-size {size} is not possible; it must be at least 1, usually 224")
+    net = whole_network(name, variant, shortcut, weights)
+    table = describe_network(net, (size, size))
+    facts = "".join(f", {fact}" for fact in (net.variant, net.shortcut and f"shortcut {net.shortcut}") if fact)
+    lines = [f"{name}{facts}, one image of {size} x {size}", format_table(table), *_the_paper_says(net, size)]
     return "\n".join([*lines, *([net.load_report] if net.load_report else [])])
 
 
-def _whole_network(name: str, variant: str, weights: str | Path | None) -> Backbone:
+def _the_paper_says(net: Backbone, size: int) -> list[str]:
+    """The paper's own figure for this very network, where it has one."""
+    name = net.architecture
+    if name in PAPER_MULTIPLY_ADDS and size == 224 and net.variant in ("", "v1"):
+        return [f"the paper's Table 1 says {PAPER_MULTIPLY_ADDS[name]} x 10^9 multiply-adds"]
+    if name in PAPER_PARAMETERS and net.variant == "" and net.shortcut == "A":
+        return [f"the paper's Table 6 says {PAPER_PARAMETERS[name]} million parameters"]
+    return []
+
+
+def whole_network(name: str, variant: str, shortcut: str | None, weights: str | Path | None) -> Backbone:
     """The classifier where there is one; with weights from a file, only if they include its head."""
     if name.startswith(FOREIGN):
         return create_backbone(name, weights=weights)
-    net = create_backbone(name, variant=variant)
+    options: dict[str, Any] = {} if shortcut is None else {"shortcut": shortcut}
+    net = create_backbone(name, variant=variant, **options)
     if weights is None or str(weights) == "torchvision":
-        return create_classifier(name, variant=variant, weights=weights) if net.head_prefixes else net
-    head = [tensor for key, tensor in read_state_dict(weights)[0].items() if net.head_prefixes and key.startswith(net.head_prefixes)]
+        return create_classifier(name, variant=variant, weights=weights, **options) if net.head_prefixes else net
+    head = [tensor for key, tensor in read_weights(weights)[0].items() if net.head_prefixes and key.startswith(net.head_prefixes)]
     matrices = [tensor for tensor in head if tensor.ndim == 2]
     if matrices:
-        return create_classifier(name, variant=variant, weights=weights, num_classes=matrices[-1].shape[0])
-    return create_backbone(name, variant=variant, weights=weights)
+        return create_classifier(name, variant=variant, weights=weights, num_classes=matrices[-1].shape[0], **options)
+    return create_backbone(name, variant=variant, weights=weights, **options)

@@ -67,8 +67,10 @@ class Backbone(nn.Module):
     head_prefixes: tuple[str, ...] = ()  # keys of the classifier's head, which a backbone leaves in a weights file
     architecture: str = ""  # the name it was registered under
     variant: str = ""  # of a network that has several
+    shortcut: str = ""  # of a residual network: A, B or C
     weights: str | Path | None = None  # what it was created with, and what loading said of it
     load_report: str = ""
+    weights_eps: float | None = None  # the norms' epsilon, where the weights brought one
 
     def __init__(
         self, feature_info: dict[str, FeatureInfo], *, preprocessing: Preprocessing | None = None, checkpointing: bool = False

@@ -1,11 +1,11 @@
-"""Norms by name, the frozen norm and its folding into the convolution before it, and He initialisation."""
+"""Norms by name, the frozen norm and its folding into the convolution before it, shortcuts, and He initialisation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from resbackbone.errors import InputError, nearest
 NORM_EPS = 1e-5  # torchvision's, detectron2's and Caffe's BatchNorm
 NORM_GROUPS = 32  # Wu & He 2018, Group Normalization, §4
 NormFactory = Callable[[int], nn.Module]
+SHORTCUTS = ("A", "B", "C")  # He et al. 2015, §4.1: zeros where shapes change; projections there; projections everywhere
+GATE_BIAS = -6.0  # He et al. 2016, Identity Mappings, Table 1: of the biases tried there, the exclusive gate's best
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -104,6 +106,13 @@ def has_fixed_statistics(module: nn.Module) -> bool:
     return any(isinstance(child, FrozenBatchNorm2d | EvalBatchNorm2d) for child in module.modules())
 
 
+def set_norm_eps(module: nn.Module, eps: float) -> None:
+    """Give every batch norm inside the epsilon it was trained with."""
+    for child in module.modules():
+        if isinstance(child, FrozenBatchNorm2d | nn.BatchNorm2d | nn.SyncBatchNorm):
+            child.eps = eps
+
+
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, features: Tensor) -> Tensor:
     """norm(conv(features)). A frozen norm is folded into the convolution, which saves the memory and time of one feature map.
 
@@ -117,6 +126,97 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, features: Tensor) -> Tensor:
     return F.conv2d(features, weight, bias.to(weight.dtype), conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+class PaddedShortcut(nn.Module):
+    """Option A (He et al. 2015, §4.1): every stride-th cell, and channels of zeros on both sides. Nothing to learn.
+
+    The paper doesn't say where the zeros go. Half of them in front, as in the CIFAR networks whose weights people hold.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.front = (out_channels - in_channels) // 2
+        self.back = out_channels - in_channels - self.front
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        return F.pad(features[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.front, self.back))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, zero channels {self.front} + {self.back}"
+
+
+class Addition(nn.Module):
+    """Equation 1 of He et al. 2015: residual + shortcut. With `scale`, the shortcut is h(x) = scale * x (He et al. 2016, Equation 6)."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, residual: Tensor, shortcut: Tensor) -> Tensor:
+        return residual + shortcut if self.scale == 1 else residual + self.scale * shortcut
+
+
+class GatedAddition(nn.Module):
+    """Exclusive gating (He et al. 2016, §3.1; a highway network's): g * residual + (1 - g) * shortcut.
+
+    g is the sigmoid of a 1x1 convolution of the shortcut.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, residual: Tensor, shortcut: Tensor) -> Tensor:
+        return torch.lerp(shortcut, residual, torch.sigmoid(self.gate(shortcut)))
+
+    def open_shortcut(self) -> None:
+        """Start as He et al. 2016 do: the shortcut carries, the residual comes in as the gate learns."""
+        nn.init.constant_(self.gate.bias, GATE_BIAS)  # type: ignore[arg-type]
+
+
+class StochasticDepth(nn.Module):
+    """In training, leaves the residual of an image out with probability `rate` (Huang et al. 2016).
+
+    The others are divided by 1 - rate, which is their multiplication by the survival probability at test time, moved to training.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, residual: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return residual
+        kept = torch.full((len(residual), 1, 1, 1), 1 - self.rate, device=residual.device, dtype=residual.dtype).bernoulli()
+        return residual * kept / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+def make_shortcut(
+    kind: str, in_channels: int, out_channels: int, *, stride: int, bias: bool, norm: NormFactory | None
+) -> nn.Sequential | PaddedShortcut | None:
+    """Option A, B or C; None for the identity. `norm=None`: a projection without one, as pre-activation blocks have."""
+    identity = stride == 1 and in_channels == out_channels
+    if identity and kind != "C":
+        return None
+    if kind == "A":
+        return PaddedShortcut(in_channels, out_channels, stride)
+    projection = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=bias)
+    return nn.Sequential(projection) if norm is None else nn.Sequential(projection, norm(out_channels))
+
+
+def run_shortcut(shortcut: nn.Module | None, features: Tensor) -> Tensor:
+    """h(x): what `make_shortcut` made, its frozen norm folded."""
+    if shortcut is None:
+        return features
+    if isinstance(shortcut, nn.Sequential) and len(shortcut) == 2:
+        return conv_norm(cast(nn.Conv2d, shortcut[0]), shortcut[1], features)
+    return shortcut(features)
+
+
 def initialize(module: nn.Module) -> None:
     """He initialisation of every convolution (He et al. 2015, Delving Deep into Rectifiers, §2.2, backward case, as torchvision)."""
     for child in module.modules():
@@ -124,3 +224,6 @@ def initialize(module: nn.Module) -> None:
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
+    for child in module.modules():
+        if isinstance(child, GatedAddition):
+            child.open_shortcut()

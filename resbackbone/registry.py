@@ -6,16 +6,16 @@ import fnmatch
 import importlib
 import inspect
 import logging
-import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
-from resbackbone.backbone import Backbone
+from resbackbone.backbone import Backbone, Preprocessing
 from resbackbone.errors import InputError, nearest
-from resbackbone.layers import has_fixed_statistics
-from resbackbone.weights import load_weights
+from resbackbone.layers import has_fixed_statistics, set_norm_eps
+from resbackbone.weights import WeightsInfo, load_weights, open_weights
 
 logger = logging.getLogger(__name__)
 ENTRY_POINTS = "resbackbone.backbones"  # a package adds a backbone under this group: `my_net = "my_package.my_net:my_net"`
@@ -26,13 +26,25 @@ BuilderType = TypeVar("BuilderType", bound=Builder)
 BACKBONES: dict[str, Builder] = {}
 
 
-def register_backbone(name: str) -> Callable[[BuilderType], BuilderType]:
-    """Decorate a function that builds a Backbone from keyword options (those of `create_backbone` that it names)."""
+@dataclass(frozen=True)
+class Task:
+    """What a network was designed for: that many classes, images of that many pixels a side."""
+
+    num_classes: int = 1000
+    input_size: int = 224
+
+
+IMAGENET = Task()
+TASKS: dict[str, Task] = {}
+
+
+def register_backbone(name: str, task: Task = IMAGENET) -> Callable[[BuilderType], BuilderType]:
+    """Decorate a function that builds a Backbone from keyword options: those of `create_backbone` that it names, and its own."""
 
     def register(builder: BuilderType) -> BuilderType:
         if name in BACKBONES or name.startswith(FOREIGN):
             raise InputError(f"a backbone named {name!r} exists already; choose another name")
-        BACKBONES[name] = builder
+        BACKBONES[name], TASKS[name] = builder, task
         return builder
 
     return register
@@ -58,13 +70,14 @@ def create_backbone(
     norm_eps: float | None = None,
     checkpointing: bool = False,
     allow_random_frozen: bool = False,
+    **network: Any,
 ) -> Backbone:
     """Build a backbone: images [N, in_channels, H, W] -> ordered feature maps.
 
     Args:
         name: one of `list_backbones()`, `timm:NAME`, `torchvision:NAME`, or `MODULE:NAME` for one that MODULE registers.
-        weights: None, a .safetensors or torch file, "torchvision" (downloaded once), or "timm" for timm's own.
-        variant: "v1" strides in a bottleneck's first 1x1 (the paper's release), "v1.5" in its 3x3 (torchvision's weights).
+        weights: None, a file as `load_weights` reads it, "torchvision" (downloaded once), or "timm" for timm's own.
+        variant: v1 strides in a bottleneck's first 1x1 (the paper's release), v1.5 in its 3x3 (torchvision), v2 is pre-activated.
         norm: batch | frozen (fixed, nothing learns) | eval (fixed statistics, affine learns) | sync | group | none.
         freeze_at: stages from the bottom that don't learn; 1 = conv1, 2 = conv1 and conv2_x …
         out_features: the maps to return; None: all.
@@ -74,6 +87,8 @@ def create_backbone(
         norm_eps: None: the source's own, 1e-5.
         checkpointing: recompute activations in the backward pass.
         allow_random_frozen: accept `norm="frozen"` without weights, because a checkpoint is about to be loaded over it.
+        network: what only some have. Residual networks: shortcut (A | B | C), shortcut_scale (h(x) = scale * x), shortcut_gate (a
+            highway's), stochastic_depth; ImageNet's also groups, width_per_group. One of your own: whatever its builder names.
 
     Raises InputError for an unknown name or option, and for weights that don't fit.
     """
@@ -89,10 +104,12 @@ def create_backbone(
     if name.startswith(FOREIGN):
         from resbackbone.foreign import create_foreign
 
+        if network:
+            raise InputError(f"{name} has no option {', '.join(network)}; that library's own network is taken as it is")
         net: Backbone = create_foreign(name, weights=weights, **options)
     else:
-        net = _build(name, options)
-        _load(net, weights)
+        net = _build(name, options, network)
+        _load(net, weights, norm_eps)
     net.architecture = name
     _refuse_random_statistics(net, weights, allow_random_frozen)
     if out_features is not None:
@@ -104,15 +121,22 @@ def create_backbone(
 def create_classifier(
     name: str,
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     weights: str | Path | None = None,
     variant: str = "v1.5",
     norm: str = "batch",
     in_channels: int = 3,
     norm_eps: float | None = None,
     checkpointing: bool = False,
+    **network: Any,
 ) -> Backbone:
-    """Build a whole classifier, [N, in_channels, H, W] -> logits [N, num_classes], with torchvision's state-dict keys."""
+    """Build a whole classifier, [N, in_channels, H, W] -> logits [N, num_classes], with torchvision's state-dict keys.
+
+    num_classes: None: those of the data set it was designed for, 10 for a CIFAR network and else 1000. The other options are those of
+    `create_backbone`; so are the errors.
+    """
+    if num_classes is None:
+        num_classes = designed_for(name).num_classes
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes} is not possible; it must be at least 1")
     options = {
@@ -123,10 +147,15 @@ def create_classifier(
         "checkpointing": checkpointing,
         "num_classes": num_classes,
     }
-    net = _build(name, options)
-    _load(net, weights)
+    net = _build(name, options, network)
+    _load(net, weights, norm_eps)
     _refuse_random_statistics(net, weights, allowed=False)
     return net
+
+
+def designed_for(name: str) -> Task:
+    """The classes and image size a network was designed for; ImageNet's for one that doesn't say."""
+    return TASKS.get(name.rpartition(":")[2], IMAGENET)
 
 
 def _find_builder(name: str) -> Builder:
@@ -158,8 +187,8 @@ def _import(module: str, name: str) -> None:
         raise InputError(f"backbone {name!r}: there is no module {module!r}; put the folder that holds it on PYTHONPATH") from error
 
 
-def _build(name: str, options: dict[str, Any]) -> Backbone:
-    """Call the builder with the options it names; one it doesn't name must have its default."""
+def _build(name: str, options: dict[str, Any], network: dict[str, Any]) -> Backbone:
+    """Call the builder with the common options it names (the others must have their defaults) and the network's own."""
     builder = _find_builder(name)
     parameters = inspect.signature(builder).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -168,19 +197,38 @@ def _build(name: str, options: dict[str, Any]) -> Backbone:
     for option in options.keys() - given.keys():
         if option not in defaults or options[option] != defaults[option]:
             raise InputError(f"backbone {name!r} has no option {option}; leave it at {defaults.get(option)!r}, not {options[option]!r}")
-    net = builder(**given)
+    for option in network:
+        if not takes_all and option not in parameters:
+            raise InputError(f"backbone {name!r} has no option {option!r};{nearest(option, parameters)} it has {', '.join(parameters)}")
+    net = builder(**given, **network)
     net.architecture = name
     return net
 
 
-def _load(net: Backbone, weights: str | Path | None) -> None:
+def _load(net: Backbone, weights: str | Path | None, norm_eps: float | None) -> None:
+    """Load, and take over what the file says of its batch norms and of the images it expects."""
     if weights is None:
         return
-    if str(weights) == "torchvision" and net.variant not in ("", "v1.5"):
-        warnings.warn(f"torchvision trained {net.architecture} as variant v1.5; as {net.variant} its features differ", stacklevel=3)
+    opened = open_weights(weights, architecture=net.architecture)
+    if norm_eps is None and opened.info.norm_eps is not None:
+        set_norm_eps(net, opened.info.norm_eps)
+        net.weights_eps = opened.info.norm_eps
+    net.load_report = str(load_weights(net, opened))
     net.weights = weights
-    net.load_report = str(load_weights(net, weights))
+    net.preprocessing = _preprocessing_of(opened.info, net.preprocessing)
     logger.info("%s: %s", net.architecture, net.load_report)
+
+
+def _preprocessing_of(info: WeightsInfo, default: Preprocessing) -> Preprocessing:
+    """The weights' own, as far as they tell it for as many channels as the network has."""
+    if len(info.mean) != len(default.mean):
+        return default
+    return Preprocessing(
+        mean=info.mean,
+        std=info.std if len(info.std) == len(info.mean) else default.std,
+        color_order=info.color_order or default.color_order,
+        input_range=default.input_range if info.input_range is None else info.input_range,
+    )
 
 
 def _refuse_random_statistics(net: Backbone, weights: str | Path | None, allowed: bool) -> None:

@@ -6,6 +6,7 @@ State-dict keys are torchvision's (`features.N`, `classifier.N`). Maps conv1 …
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from resbackbone.backbone import Backbone, FeatureInfo, RegionHead, imagenet_pre
 from resbackbone.errors import InputError
 from resbackbone.layers import conv_norm, initialize, norm_factory
 from resbackbone.registry import register_backbone
-from resbackbone.weights import locate_weights, read_state_dict
+from resbackbone.weights import locate_weights, read_weights
 
 COLUMN_D = {"conv1": (64, 2), "conv2": (128, 2), "conv3": (256, 3), "conv4": (512, 3), "conv5": (512, 3)}  # channels, convolutions
 POOL_SIZE = 7  # what fc6 sees of a 224 x 224 image, and of a region
@@ -112,7 +113,7 @@ class VGGRegionHead(RegionHead):
 
     def load_classifier(self, source: str | Path) -> None:
         """Take fc6 and fc7 from a VGG-16 classifier's file; one that holds convolutions alone leaves them random, with a warning."""
-        tensors, _ = read_state_dict(source)
+        tensors, _ = read_weights(source)
         names = {
             f"{layer}.{kind}": f"classifier.{number}.{kind}" for layer, number in (("fc6", 0), ("fc7", 3)) for kind in ("weight", "bias")
         }
@@ -169,23 +170,28 @@ def _initialize_linear(layer: nn.Linear, *, std: float) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def _build(*, batch_norm: bool, num_classes: int | None = None, variant: str = "v1.5", output_stride: int = 32, **options: object) -> VGG:
-    # One variant only; and a last map of stride 16 fulfils both of the larger output strides.
-    if output_stride not in (16, 32):
-        raise InputError(f"output_stride={output_stride} is not possible; VGG-16 takes 16 or 32, and its last map has stride 16")
-    options.pop("dilation_rule", None)
-    if num_classes is None:
-        return VGG(batch_norm=batch_norm, **options)  # type: ignore[arg-type]
-    return VGGClassifier(batch_norm=batch_norm, num_classes=num_classes, **options)
+def _builder(*, batch_norm: bool) -> Callable[..., VGG]:
+    def build(
+        *,
+        variant: str = "v1.5",  # one only, whatever the residual network that it is compared with has
+        norm: str = "batch",
+        norm_eps: float | None = None,
+        output_stride: int = 32,
+        dilation_rule: str = "torchvision",
+        in_channels: int = 3,
+        checkpointing: bool = False,
+        num_classes: int | None = None,
+    ) -> VGG:
+        # A last map of stride 16 fulfils both of the larger output strides.
+        if output_stride not in (16, 32):
+            raise InputError(f"output_stride={output_stride} is not possible; VGG-16 takes 16 or 32, and its last map has stride 16")
+        options = {"norm": norm, "norm_eps": norm_eps, "in_channels": in_channels, "checkpointing": checkpointing}
+        if num_classes is None:
+            return VGG(batch_norm=batch_norm, **options)  # type: ignore[arg-type]
+        return VGGClassifier(batch_norm=batch_norm, num_classes=num_classes, **options)
+
+    return build
 
 
-@register_backbone("vgg16")
-def vgg16(**options: object) -> VGG:
-    """VGG-16 as published: no norms, so `norm` changes nothing."""
-    return _build(batch_norm=False, **options)  # type: ignore[arg-type]
-
-
-@register_backbone("vgg16_bn")
-def vgg16_bn(**options: object) -> VGG:
-    """torchvision's VGG-16 with batch normalisation."""
-    return _build(batch_norm=True, **options)  # type: ignore[arg-type]
+register_backbone("vgg16")(_builder(batch_norm=False))  # as published: no norms, so `norm` changes nothing
+register_backbone("vgg16_bn")(_builder(batch_norm=True))  # torchvision's, with batch normalisation

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resbackbone.errors import InputError, nearest
+from resbackbone.weights.torch_tar import is_torch_tar, read_torch_tar
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put the tensors of a larger checkpoint
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
@@ -19,24 +20,26 @@ WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.c
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read name -> tensor and the file's metadata ({} for torch files), on the CPU.
 
-    Takes .safetensors, and torch zip or legacy pickles through weights_only. Raises InputError for a file that is missing, cut off,
-    not a weights file, or holds code.
+    Takes .safetensors, torch zip or legacy pickles through weights_only, and torch 0.1's tar. Raises InputError for a file that is
+    missing, cut off, not a weights file, or holds code.
     """
     path = Path(path)
-    start = _first_bytes(path)
+    start = first_bytes(path)
     if start[:1] == b"<":
         raise InputError(f"{path} is a web page, not weights; the download went wrong: fetch it again")
     if start[8:9] == b"{":
         tensors, metadata = _read_safetensors(path)
     else:
-        tensors, metadata = _find_tensors(_read_torch(path), path), {}
+        content = read_torch_tar(path) if is_torch_tar(path) else _read_torch(path)
+        tensors, metadata = _find_tensors(content, path), {}
     for wrapper in WRAPPERS:
         if tensors and all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     return tensors, metadata
 
 
-def _first_bytes(path: Path) -> bytes:
+def first_bytes(path: Path) -> bytes:
+    """The nine bytes that tell formats apart. Raises InputError for a file that is missing, a folder, unreadable, or shorter."""
     if not path.exists():
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"weights file {path} does not exist;{nearest(path.name, beside)} give a .safetensors or .pth file")

@@ -32,7 +32,7 @@ def staged(in_channels: int = 3) -> StagedBackbone:
 
 def test_the_papers_networks_are_there() -> None:
     assert {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vgg16"} <= set(list_backbones())
-    assert list_backbones("resnet1*") == ["resnet101", "resnet152", "resnet18"]
+    assert list_backbones("resnet1*") == ["resnet101", "resnet110_cifar", "resnet1202_cifar", "resnet152", "resnet18"]
     assert list_backbones("nothing*") == []
 
 

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import pickle
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from resbackbone import create_backbone, create_classifier, load_weights
+from resbackbone.backbone import Preprocessing
 from resbackbone.errors import InputError
-from resbackbone.weights import read_state_dict
+from resbackbone.weights import WeightsInfo, read_state_dict
 from resbackbone.weights import torchvision as torchvision_weights
 
 
@@ -69,8 +69,10 @@ def test_frozen_and_batch_norm_see_the_same_in_real_weights(unpacked_data: Path)
 
 def test_weights_of_another_architecture_are_refused(unpacked_data: Path) -> None:
     file = unpacked_data / "weights" / "resnet50_imagenet1k_fp16.safetensors"
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match="says it is for architecture resnet50, not resnet18"):
         create_backbone("resnet18", weights=file)
+    with pytest.raises(InputError) as error:
+        load_weights(create_backbone("resnet18"), read_state_dict(file)[0])
     message = str(error.value)
     assert "resnet18" in message
     assert "165 unexpected: layer1.0.bn3" in message
@@ -215,17 +217,72 @@ def test_torchvisions_weights_are_downloaded_once_and_checked(tmp_path: Path, mo
     assert asked == [("https://download.pytorch.org/models/resnet18-f37072fd.pth", "f37072fd")]
 
 
-def test_torchvisions_weights_in_the_papers_variant_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvisions_weights_in_the_papers_variant_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     for name, file in (("resnet50", "resnet50-0676ba61.pth"), ("resnet18", "resnet18-f37072fd.pth")):
         torch.save(create_classifier(name).state_dict(), tmp_path / "checkpoints" / file)
-    with pytest.warns(UserWarning, match="v1.5"):
+    with pytest.raises(InputError, match=r"is for variant v1\.5, not v1; take variant=v1\.5"):
         create_backbone("resnet50", weights="torchvision", variant="v1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        create_backbone("resnet50", weights="torchvision")
-        create_backbone("resnet18", weights="torchvision", variant="v1")
+    create_backbone("resnet50", weights="torchvision")
+    create_backbone("resnet18", weights="torchvision", variant="v1")
+
+
+def small_weights(folder: Path, name: str = "resnet20_cifar", **metadata: str) -> Path:
+    save_file(create_classifier(name).state_dict(), folder / "w.safetensors", metadata=metadata)
+    return folder / "w.safetensors"
+
+
+def test_a_file_that_says_it_is_for_another_network_is_refused(tmp_path: Path) -> None:
+    path = small_weights(tmp_path, architecture="resnet20_cifar", shortcut="A", norm_eps="0.001")
+    with pytest.raises(InputError, match="for architecture resnet20_cifar, not plain20_cifar; take name=resnet20_cifar"):
+        create_backbone("plain20_cifar", weights=path)
+    with pytest.raises(InputError, match="shortcut A, not B; take shortcut=A"):
+        create_backbone("resnet20_cifar", weights=path, shortcut="B")
+    with pytest.raises(InputError, match=r"norm_eps=0\.001, not 1e-05"):
+        create_backbone("resnet20_cifar", weights=path, norm_eps=1e-5)
+
+
+def test_what_a_file_says_of_norms_and_images_is_taken_over(tmp_path: Path) -> None:
+    path = small_weights(tmp_path, bn_eps="1e-3", colour_order="BGR", mean="100,110,120", std="1,1,1", input_range="255")
+    net = create_backbone("resnet20_cifar", weights=path, norm="frozen")
+    assert {module.eps for module in net.modules() if hasattr(module, "running_var")} == {1e-3}
+    assert net.weights_eps == 1e-3
+    assert net.preprocessing == Preprocessing(mean=(100, 110, 120), std=(1, 1, 1), color_order="BGR", input_range=255)
+
+
+def test_information_survives_the_way_through_a_file() -> None:
+    info = WeightsInfo(
+        architecture="resnet50", variant="v1", shortcut="B", norm_eps=1e-3, color_order="BGR", mean=(1.5, 2.0, 3.0), std=(1.0, 1.0, 1.0),
+        input_range=255.0, classes=("a cat", "ä"),
+    )  # fmt: skip
+    assert WeightsInfo.from_metadata(info.to_metadata()) == info
+    assert WeightsInfo.from_metadata(WeightsInfo().to_metadata()) == WeightsInfo()
+    nonsense = {"mean": "a,b", "norm_eps": "small", "classes": "{", "input_range": "0..1 before mean/std", "format": "pt"}
+    assert WeightsInfo.from_metadata(nonsense) == WeightsInfo()
+
+
+@pytest.mark.parametrize(("name", "first"), [("resnet20_cifar", "conv1"), ("vgg16", "features.0")])
+def test_other_input_channels_follow_the_stated_rule(name: str, first: str) -> None:
+    state = create_backbone(name).state_dict()
+    grey, four = (create_backbone(name, in_channels=channels) for channels in (1, 4))
+    assert "loaded" in str(load_weights(grey, state))
+    image = torch.rand(1, 1, 32, 32)
+    color, one = create_backbone(name).get_submodule(first), grey.get_submodule(first)
+    color.load_state_dict({"weight": state[f"{first}.weight"], **({"bias": state[f"{first}.bias"]} if color.bias is not None else {})})
+    torch.testing.assert_close(one(image), color(image.expand(-1, 3, -1, -1)))
+    load_weights(four, state)
+    weight = state[f"{first}.weight"]
+    torch.testing.assert_close(four.get_submodule(first).weight, torch.cat([weight, weight[:, :1]], 1) * 0.75)
+
+
+def test_cifar_weights_by_their_usual_names(tmp_path: Path) -> None:
+    net = create_classifier("resnet20_cifar")
+    state = {f"module.{key.replace('fc.', 'linear.')}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state, "best_prec1": 91.7}, tmp_path / "net.th", _use_new_zipfile_serialization=False)
+    twin = create_classifier("resnet20_cifar")
+    assert not load_weights(twin, tmp_path / "net.th").problems()
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("error", [OSError("Name or service not known"), RuntimeError('invalid hash value (expected "f37072fd")')])
