@@ -3,7 +3,7 @@
     python benchmarks/draw_voc.py --ours runs/voc --torchvision runs/voc_torchvision.log --devkit VOC --output docs/images
 
 --ours is an output folder of tools/train_det.py; --torchvision what benchmarks/torchvision_voc.py printed. The boxes are of the first test
-images that hold at least two objects, drawn in their own pixels; grey: the truth, colours: our detections above a score of 0.3.
+images that hold at least two objects, drawn in their own pixels; grey: the truth, colours: our detections above a score of 0.5.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 PANELS = 8
-LEAST_SCORE = 0.3
+LEAST_SCORE = 0.5
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 

@@ -6,6 +6,7 @@ Multiply-adds are counted operator by operator, those of convolutions and linear
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,9 @@ def describe(
     size = designed_for(name).input_size if input_size is None else input_size
     if size < 1:
         raise InputError(f"--input-size {size} is not possible; it must be at least 1, usually 224")
-    net = whole_network(name, variant, shortcut, weights)
+    # Ours have their shapes without their numbers, which saves most of the time.
+    with torch.device("meta") if weights is None and ":" not in name else nullcontext():
+        net = whole_network(name, variant, shortcut, weights)
     table = describe_network(net, (size, size))
     facts = "".join(f", {fact}" for fact in (net.variant, net.shortcut and f"shortcut {net.shortcut}") if fact)
     lines = [f"{name}{facts}, one image of {size} x {size}", format_table(table), *_the_paper_says(net, size)]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from resbackbone.errors import InputError, nearest
+from resbackbone.weights.reading import find_state_dict, reading
 from resbackbone.weights.torch_tar import is_torch_tar, read_torch_tar
 
-NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put the tensors of a larger checkpoint
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 
 
@@ -30,8 +28,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     if start[8:9] == b"{":
         tensors, metadata = _read_safetensors(path)
     else:
-        content = read_torch_tar(path) if is_torch_tar(path) else _read_torch(path)
-        tensors, metadata = _find_tensors(content, path), {}
+        tensors, metadata = read_torch_tar(path) if is_torch_tar(path) else _read_torch(path), {}
     for wrapper in WRAPPERS:
         if tensors and all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
@@ -65,30 +62,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
 
 
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(
-            f"{path} is not a file of tensors alone; nothing else in it is run or read, because it could be harmful ({reason}). "
-            "If you trust its source, convert it there to .safetensors"
-        ) from error
-    # What a cut-off or foreign file makes torch raise depends on the byte where it breaks.
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(
-            f"{path} is not a whole torch file ({reason}); copy or download it again, or convert it to .safetensors"
-        ) from error
-
-
-def _find_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in what torch.load returned: the content itself, or the entry of a checkpoint that holds it."""
-    if isinstance(content, Mapping):
-        for name in NESTED:
-            if isinstance(content.get(name), Mapping):
-                return _find_tensors(content[name], path)
-        if content and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()):
-            return dict(content)
-    found = f"a dict with {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-    raise InputError(f"{path} holds {found}, not a state dict of tensors (looked in {', '.join(NESTED)} as well)")
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    with reading(path, "torch file"):
+        try:
+            return find_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError as error:
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(
+                f"is not a file of tensors alone; nothing else in it is run or read, because it could be harmful ({reason}). "
+                "If you trust its source, convert it there to .safetensors"
+            ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from resbackbone import create_backbone, create_classifier
+from resbackbone import create_backbone, create_classifier, list_backbones
 from resbackbone.analysis import PAPER_MULTIPLY_ADDS, describe, describe_network
 from resbackbone.errors import InputError
 
@@ -91,6 +92,29 @@ def test_describe_says_it_all() -> None:
         assert part in text, part
     assert "4,089,184,256" in describe("resnet50", variant="v1.5")
     assert "128 x 16 x 16" in describe("resnet18", input_size=128)
+
+
+def test_describe_knows_every_network() -> None:
+    for name in list_backbones():
+        text = describe(name)
+        size = "32 x 32" if name.endswith("_cifar") else "224 x 224"
+        assert text.splitlines()[0].endswith(f"one image of {size}")
+        assert "multiply-adds\nfeature maps: conv" in text
+    assert "paper's Table 6 says 19.4 million parameters" in describe("resnet1202_cifar")
+    assert "paper's Table 6" not in describe("resnet110_cifar", shortcut="B")
+    assert "shortcut C" in describe("resnet18", shortcut="C")
+    assert "v2" in describe("resnet50", variant="v2")
+
+
+def test_docs_say_the_same(repository: Path) -> None:
+    """The table of docs/networks.md, row by row."""
+    rows = re.findall(
+        r"^\| (\w+)(?:, (v[\d.]+))? \| (?:([ABC])? ?\| )?([\d,]+) \| ([\d,]+) \|", (repository / "docs/networks.md").read_text(), re.M
+    )
+    assert len(rows) == 18
+    for name, variant, shortcut, parameters, multiply_adds in rows:
+        text = describe(name, variant=variant or "v1", shortcut=shortcut or None)
+        assert f"{parameters}  {multiply_adds}" in re.sub(" +", "  ", text), name
 
 
 def test_describe_checks_weights(tmp_path: Path) -> None:
