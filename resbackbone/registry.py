@@ -209,7 +209,7 @@ def _load(net: Backbone, weights: str | Path | None, norm_eps: float | None) -> 
     """Load, and take over what the file says of its batch norms and of the images it expects."""
     if weights is None:
         return
-    opened = open_weights(weights, architecture=net.architecture)
+    opened = open_weights(net, weights)
     if norm_eps is None and opened.info.norm_eps is not None:
         set_norm_eps(net, opened.info.norm_eps)
         net.weights_eps = opened.info.norm_eps

@@ -53,12 +53,12 @@ class Weights:
     info: WeightsInfo
 
 
-def open_weights(source: str | Path | Mapping[str, Tensor], *, architecture: str) -> Weights:
-    """Read `source`: a file of any format, "torchvision" (then `architecture` says which), or a state dict."""
+def open_weights(module: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Weights:
+    """Read `source` for `module`: a file of any format, "torchvision" (by the module's `architecture`), or a state dict."""
     if isinstance(source, Mapping):
         return Weights(label="the state dict", tensors=source, info=WeightsInfo())
-    path = locate_weights(source, architecture=architecture)
-    tensors, info = read_weights(path)
+    path = locate_weights(source, architecture=_name_of(module))
+    tensors, info = read_weights(path, wanted=module.state_dict().keys())
     if str(source) == "torchvision":
         info = TORCHVISION
     return Weights(label=str(path), tensors=tensors, info=info)
@@ -85,7 +85,7 @@ def load_weights(
 
     Raises InputError for a file that can't be read or doesn't fit, or says it belongs to another network; the module is then as it was.
     """
-    given = source if isinstance(source, Weights) else open_weights(source, architecture=_name_of(module))
+    given = source if isinstance(source, Weights) else open_weights(module, source)
     check_info(module, given)
     prefixes = tuple(getattr(module, "head_prefixes", ()) if drop_prefixes is None else drop_prefixes)
     left = tuple(name for name in given.tensors if prefixes and name.startswith(prefixes))

@@ -37,7 +37,7 @@ def read_pickle(path: Path) -> Any:
 class _Dtype:
     """What the pickle told of a numpy.dtype."""
 
-    code: Any
+    code: str
     order: str = "="
 
 
@@ -61,6 +61,8 @@ def _scalar(dtype: Any, data: Any) -> PickledArray:
 
 
 def _dtype(code: Any, *_: object) -> _Dtype:
+    if not isinstance(code, str):
+        raise ValueError("a type without a name")
     return _Dtype(code)
 
 
@@ -89,7 +91,7 @@ def _find_global(name: str) -> Global:
     return Global(name, BUILDERS[name])
 
 
-def _set_state(target: Any, state: Any) -> None:
+def _set_state(target: Any, state: tuple[Any, ...]) -> None:
     match target, state:
         case PickledArray(), (int(), shape, dtype, fortran, data):
             target.tensor = _tensor(shape, dtype, bool(fortran), data)
@@ -104,9 +106,9 @@ DIALECT = Dialect(_find_global, _set_state, PROTOCOL)
 
 def _tensor(shape: Any, dtype: Any, fortran: bool, data: Any) -> Tensor:
     """float32 or int64, whatever the array was."""
-    code = dtype.code if isinstance(dtype, _Dtype) else None
-    if not isinstance(code, str) or code not in DTYPES:
-        raise refusal(f"has an array of the type {str(code)[:40]!r}, not one of {', '.join(DTYPES)}")
+    code = dtype.code[:40] if isinstance(dtype, _Dtype) else "?"
+    if code not in DTYPES:
+        raise refusal(f"has an array of the type {code!r}, not one of {', '.join(DTYPES)}")
     data = data.encode("latin1") if isinstance(data, str) else data  # Python 2 had no other bytes
     if not isinstance(data, bytes | bytearray) or not isinstance(shape, tuple) or len(shape) > MAX_AXES:
         raise ValueError("an array of no bytes or no shape")

@@ -179,11 +179,8 @@ def _dtype(kind: Any) -> torch.dtype:
 
 def _view(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Part of a flat storage, in any layout that stays within it."""
-    if (
-        len(size) != len(stride)
-        or len(size) > MAX_DIMENSIONS
-        or not all(type(n) is int and 0 <= n < MAX_NUMBER for n in (offset, *size, *stride))
-    ):
+    is_shaped = len(size) == len(stride) <= MAX_DIMENSIONS
+    if not is_shaped or not all(type(n) is int and 0 <= n < MAX_NUMBER for n in (offset, *size, *stride)):
         raise ValueError("a tensor whose offset, sizes and strides are no such thing")
     numel = math.prod(size)
     end = offset + (1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) if numel else 0)
@@ -225,9 +222,9 @@ def _find_global(name: str) -> Global:
     return Global(name, BUILDERS.get(name))
 
 
-def _set_state(target: Any, state: Any) -> None:
+def _set_state(target: Any, state: tuple[Any, ...]) -> None:
     """torch 0.1's first Variables have five values with the tensor in front; nothing else's state matters here."""
-    if isinstance(target, _Parameter) and isinstance(state, tuple) and len(state) == 5:
+    if isinstance(target, _Parameter) and len(state) == 5:
         target.tensor = state[0]
     elif not isinstance(target, (_Parameter, dict)):
         raise ValueError(f"a state for a {type(target).__name__}")

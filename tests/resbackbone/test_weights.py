@@ -276,6 +276,22 @@ def test_other_input_channels_follow_the_stated_rule(name: str, first: str) -> N
     torch.testing.assert_close(four.get_submodule(first).weight, torch.cat([weight, weight[:, :1]], 1) * 0.75)
 
 
+def test_a_modules_own_names_are_left_alone(tmp_path: Path) -> None:
+    """Names that another library has as well: a network of one's own, and that library's itself."""
+    own = nn.ModuleDict({"stem": nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)}), "norm": nn.BatchNorm2d(4)})
+    save_file(own.state_dict(), tmp_path / "own.safetensors")
+    twin = copy.deepcopy(own)
+    twin["stem"]["conv"].weight.data.zero_()
+    load_weights(twin, tmp_path / "own.safetensors")
+    assert torch.equal(twin["stem"]["conv"].weight, own["stem"]["conv"].weight)
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnetv2_50", pretrained=False)
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    theirs = create_backbone("timm:resnetv2_50", weights=tmp_path / "timm.safetensors")
+    ours = create_backbone("resnet50", variant="v2", weights=tmp_path / "timm.safetensors")
+    assert torch.equal(theirs.net.stages_2.blocks[3].conv2.weight, ours.layer3[3].conv2.weight)
+
+
 def test_cifar_weights_by_their_usual_names(tmp_path: Path) -> None:
     net = create_classifier("resnet20_cifar")
     state = {f"module.{key.replace('fc.', 'linear.')}": value for key, value in net.state_dict().items()}
