@@ -37,7 +37,7 @@ def draw_losses(ours: Path, theirs: Path, output: Path) -> None:
         smooth = np.convolve(np.pad(y, 2, mode="edge"), window, mode="valid")
         (line,) = axes.plot(x, smooth, label=label)
         axes.plot(x, y, color=line.get_color(), alpha=0.25, linewidth=0.8)
-    axes.set(xlabel="step (4 images each)", ylabel="training loss (thin: as logged; thick: mean of 5 points)")
+    axes.set(xlabel="step (4 images each)", ylabel="training loss", ylim=(0, 1.6), title="thin: single steps as logged; thick: mean of 5")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(output / "voc_losses.png", dpi=90)
