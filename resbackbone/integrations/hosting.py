@@ -8,7 +8,9 @@ from torch import nn
 
 from resbackbone.backbone import Backbone, Preprocessing
 from resbackbone.layers import EvalBatchNorm2d, FrozenBatchNorm2d
+from resbackbone.resnet import TABLE_1, Bottleneck
 
+PREFIX = "rb_"  # where we register: a name of the host's own would replace its network
 BATCH_NORMS = (nn.BatchNorm2d, EvalBatchNorm2d, nn.SyncBatchNorm)  # these very types: a subclass of others may do more
 
 
@@ -44,6 +46,15 @@ def unit_statistics(preprocessing: Preprocessing) -> tuple[list[float], list[flo
     """Mean and standard deviation of images whose white is 1, which is how hosts count."""
     white = preprocessing.input_range
     return [mean / white for mean in preprocessing.mean], [std / white for std in preprocessing.std]
+
+
+def variants_of(name: str) -> dict[str, str]:
+    """What a variant adds to a registered name -> the variant, for those that differ.
+
+    v1 and v1.5 do in bottlenecks alone, and a plain network has no v2.
+    """
+    bottlenecks = name in TABLE_1 and TABLE_1[name].block is Bottleneck
+    return {"": "v1.5"} | ({"_v1": "v1"} if bottlenecks else {}) | ({} if name.startswith("plain") else {"_v2": "v2"})
 
 
 def _take_rgb(network: Backbone) -> None:

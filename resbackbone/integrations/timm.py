@@ -9,160 +9,72 @@ takes timm's names takes these: effdet, anomalib, transformers, `tu-` encoders o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from resbackbone.backbone import Backbone
+from resbackbone.backbone import Preprocessing
+from resbackbone.cifar import CIFAR10
 from resbackbone.errors import InputError
-from resbackbone.integrations.hosting import HostedBackbone, prepare, unit_statistics
-from resbackbone.registry import create_backbone, designed_for, list_backbones
-from resbackbone.resnet import LAYERS, TABLE_1, Bottleneck
-from resbackbone.weights import open_weights
+from resbackbone.integrations.hosting import PREFIX, unit_statistics, variants_of
+from resbackbone.registry import designed_for, list_backbones
+from resbackbone.resnet import TABLE_1
 
 try:
     import timm
-    from timm.layers import create_classifier
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+    from resbackbone.integrations.timm_backbone import TimmBackbone
 except ImportError as error:
     raise InputError("resbackbone.integrations.timm needs timm; pip install 'resbackbone[timm]'") from error
 
-PREFIX = "rb_"  # a name of timm's own would replace its network
 default_cfgs: dict[str, Any] = {}  # timm looks for the configurations of a module's models under this name
-
-
-class TimmBackbone(HostedBackbone):
-    """A network of ours as timm's classes are: features, head, intermediates. Names in its state dict are those of timm's ResNets.
-
-    Args:
-        name: of our network; `options` are those of `create_backbone`.
-        variant: v1 | v1.5 | v2.
-        num_classes: 0: no classifier, only the pooled features.
-        in_chans: of the images.
-        output_stride: 32, or 16 / 8 with dilation.
-        global_pool: as timm knows it: avg, max, avgmax, catavgmax, or "" for none.
-        drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth of the last block.
-        weights: a file in any format we read, or "torchvision"; it fits itself to in_chans, and its classifier is left where
-            num_classes is another.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        variant: str,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        output_stride: int = 32,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        weights: str | Path | None = None,
-        **options: Any,
-    ) -> None:
-        if drop_path_rate:
-            options["stochastic_depth"] = drop_path_rate
-        options |= {"variant": variant, "in_channels": in_chans, "output_stride": output_stride, "weights": weights}
-        network = create_backbone(name, **options)
-        super().__init__(prepare(network))
-        self.feature_info = _timm_feature_info(network)
-        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
-        self.drop_rate, self.in_chans = drop_rate, in_chans
-        self.reset_classifier(num_classes, global_pool)
-        if weights is not None:
-            self._load_classifier(weights, name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the last map."""
-        return self.forward_intermediates(x)[0]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map -> logits, or with `pre_logits` what the classifier would get."""
-        pooled = F.dropout(self.global_pool(x), self.drop_rate, self.training)
-        return pooled if pre_logits else self.fc(pooled)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int | str] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """(the last map computed, the maps of `indices`), or with `intermediates_only` the maps alone.
-
-        indices: from 0 (conv1, stride 2), negative from the end, names such as "conv4_x", or one number for that many last maps.
-        norm: has no effect, for there is none that would do for every map.
-        """
-        if output_fmt != "NCHW":
-            raise InputError(f"output_fmt={output_fmt!r} is not possible; the maps are NCHW")
-        taken = self._indices(indices)
-        maps: dict[int, Tensor] = {}
-        for number, name in enumerate(self.network.feature_info):
-            if number > max(taken) and (stop_early or intermediates_only):
-                break
-            x = maps[number] = self.network.run_stage(name, x)
-        intermediates = [maps[number] for number in taken]
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int | str] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what lies above the last of `indices`, and the head."""
-        taken = self._indices(indices)
-        names = list(self.network.feature_info)
-        self.network.out_features = [names[number] for number in taken]
-        self.network.trim()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return taken
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, random classifier; 0 classes: none."""
-        self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool  # type: ignore[union-attr]
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass instead of storing them."""
-        self.network.checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Which parameters belong together, for a learning rate per layer."""
-        return {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
-
-    def _indices(self, indices: int | Sequence[int | str] | None) -> list[int]:
-        names = list(self.network.feature_info)
-        asked = range(len(names)) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
-        known = {name: number for number, name in enumerate(names)} | {number: number % len(names) for number in range(-len(names), len(names))}
-        unknown = [index for index in asked if index not in known]
-        if unknown or not asked:
-            raise InputError(
-                f"out_indices={indices!r} is not possible; {self.network.architecture} has {', '.join(f'{k} ({v})' for k, v in enumerate(names))}"
-            )
-        return [known[index] for index in asked]
-
-    def _load_classifier(self, weights: str | Path, name: str) -> None:
-        tensors = open_weights(weights, architecture=name).tensors
-        head = {kind: tensors.get(f"fc.{kind}") for kind in ("weight", "bias")}
-        wanted = self.fc.state_dict()
-        if wanted and all(head[kind] is not None and head[kind].shape == wanted[kind].shape for kind in wanted):  # type: ignore[union-attr]
-            self.fc.load_state_dict(head)
 
 
 def register() -> list[str]:
     """Register every residual and plain network of ours in timm, once; returns the names. InputError if one is taken."""
-    names = [_register(name, variant) for name in list_backbones("*resnet*") + list_backbones("plain*") for variant in _variants(name)]
-    return sorted(set(names))
+    names = [*TABLE_1, *list_backbones("*_cifar")]
+    return [_register(f"{PREFIX}{name}{suffix}", name, variant) for name in names for suffix, variant in variants_of(name).items()]
+
+
+def _register(key: str, name: str, variant: str) -> str:
+    if timm.is_model(key):
+        if timm.model_entrypoint(key).__module__ != __name__:
+            raise InputError(
+                f"timm has a model {key!r} already, registered by {timm.model_entrypoint(key).__module__}; register ours first"
+            )
+        return key
+
+    def entry_point(pretrained: bool = False, **options: Any) -> nn.Module:
+        return _create(key, partial(TimmBackbone, name, variant=variant), pretrained, **options)
+
+    entry_point.__name__ = entry_point.__qualname__ = key
+    default_cfgs.update(generate_default_cfgs({key: _configuration(name)}))
+    globals()[key] = register_model(entry_point)  # timm puts the name into this module's __all__
+    return key
+
+
+def _configuration(name: str) -> dict[str, Any]:
+    task = designed_for(name)
+    mean, std = unit_statistics(CIFAR10 if name.endswith("_cifar") else Preprocessing())
+    size = (3, task.input_size, task.input_size)
+    first, head = {"first_conv": "conv1"}, {"classifier": "fc"}
+    return {"input_size": size, "num_classes": task.num_classes, "mean": tuple(mean), "std": tuple(std), "crop_pct": 0.875, **first, **head}
+
+
+def _create(key: str, network: Callable[..., TimmBackbone], pretrained: bool, **options: Any) -> nn.Module:
+    if pretrained and not (options.get("pretrained_cfg") or options.get("pretrained_cfg_overlay")):
+        raise InputError(f"timm has no weights for {key}; leave pretrained out and give weights=FILE or weights='torchvision'")
+    if options.get("feature_cls", "getter") != "getter":
+        raise InputError(
+            f"feature_cls={options['feature_cls']!r} would take {key} to pieces, with them its freezing and the last norm of a v2 network; "
+            "leave it out"
+        )
+    features = {"out_indices": None, "feature_cls": "getter"}
+    model: Any = build_model_with_cfg(network, key, pretrained, feature_cfg=features, **options)
+    ours: TimmBackbone = model.model if options.get("features_only") else model
+    mean, std = unit_statistics(ours.network.preprocessing)
+    model.pretrained_cfg.update(mean=tuple(mean), std=tuple(std), input_size=(ours.in_chans, *model.pretrained_cfg["input_size"][1:]))
+    return model
