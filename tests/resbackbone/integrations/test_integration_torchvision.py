@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from host_checks import batch_of, losses_of_training, photos, randomise, relative
 from torch import Tensor, nn
-from torchvision.models import detection, segmentation
+from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor, resnet_fpn_backbone
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from resbackbone import create_backbone
 from resbackbone.errors import InputError
-from resbackbone.integrations.torchvision import FPNBackbone, anchor_generator, fpn_backbone, normalization, segmentation_model
+from resbackbone.integrations.torchvision import FPNBackbone, anchor_generator, fpn_backbone, normalization
 from resbackbone.layers import FrozenBatchNorm2d
 
 SMALL = {"min_size": 64, "max_size": 96}
@@ -31,29 +33,7 @@ FEW = {  # regions to run the heads on; a full training set of 512 would take mi
     "box_detections_per_img": 10,
 }
 FROZEN = {"norm": "frozen", "allow_random_frozen": True}
-NORMS = (nn.BatchNorm2d, TorchvisionFrozenBatchNorm2d)
 VARIANTS = [("resnet18", "v1.5"), ("resnet18", "v2"), ("resnet50", "v1"), ("resnet50", "v1.5"), ("resnet50", "v2")]
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Norms as training leaves them, and predictors that find something: fresh ones hide mistakes."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, NORMS):
-            module.weight.data.uniform_(0.3, 0.6, generator=generator)
-            module.bias.data.uniform_(-0.3, 0.3, generator=generator)
-            module.running_mean.data.uniform_(-0.3, 0.3, generator=generator)
-            module.running_var.data.uniform_(0.5, 1.0, generator=generator)
-    return model
-
-
-def photos(count: int = 1, channels: int = 3, size: tuple[int, int] = (64, 80)) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.rand(channels, *size, generator=generator) for _ in range(count)]
-
-
-def batch_of(count: int = 2) -> Tensor:
-    return torch.stack(photos(count, size=(32, 48)))
 
 
 def targets(count: int = 1) -> list[dict[str, Tensor]]:
@@ -62,11 +42,6 @@ def targets(count: int = 1) -> list[dict[str, Tensor]]:
     masks[0, 8:50, 8:40] = masks[1, 20:60, 30:76] = 1
     keypoints = torch.tensor([[[12.0, 12.0, 1.0]], [[40.0, 30.0, 1.0]]])
     return [{"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks, "keypoints": keypoints}] * count
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return 0.0 if theirs.numel() == 0 else float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
 def with_frozen_norms(kind: str) -> nn.Module:
@@ -142,70 +117,15 @@ def test_a_wrong_epsilon_shows_where_variances_are_small() -> None:
     assert results[0.0] < 1e-5 < 1e-3 < results[1e-5]
 
 
-def test_deeplab_is_torchvisions_with_its_weights() -> None:
-    torch.manual_seed(0)
-    theirs = randomise(segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=4, aux_loss=True))
-    ours = segmentation_model("deeplabv3", num_classes=4, auxiliary=True)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    batch = batch_of()
-    with torch.no_grad():
-        found, expected = ours.eval()(batch), theirs.eval()(batch)
-    assert list(found) == list(expected)
-    for name in expected:
-        assert relative(found[name], expected[name]) < 1e-5
-    grads = []
-    for model in (ours.train(), theirs.train()):
-        torch.manual_seed(0)  # dropout
-        sum(each.square().mean() for each in model(batch).values()).backward()
-        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, wanted in grads[1].items():
-        assert relative(grads[0][name], wanted) < 1e-4, name
-
-
-def test_fcn_is_torchvisions_with_its_weights() -> None:
-    theirs = randomise(segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=4)).eval()
-    ours = segmentation_model("fcn", num_classes=4).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    with torch.no_grad():
-        assert relative(ours(batch_of(1))["out"], theirs(batch_of(1))["out"]) < 1e-5
-
-
-def test_output_stride_sets_the_atrous_rates() -> None:
-    with torch.device("meta"):
-        for stride, rates in ((8, [1, 12, 24, 36]), (16, [1, 6, 12, 18])):
-            model = segmentation_model("deeplabv3", "resnet101", output_stride=stride, auxiliary=True)
-            branches = [branch[0] for branch in model.classifier[0].convs][:4]
-            assert [branch.dilation[0] for branch in branches] == rates
-            maps = model.backbone(torch.empty(1, 3, 64, 64))
-            assert {name: list(each.shape[1:]) for name, each in maps.items()} == {
-                "out": [2048, 64 // stride, 64 // stride],
-                "aux": [1024, 64 // min(stride, 16), 64 // min(stride, 16)],
-            }
-
-
 def build(kind: str, name: str, **options: object) -> nn.Module:
     if kind in ("RetinaNet", "FCOS"):
         levels = fpn_backbone(name, returned=("conv3_x", "conv4_x", "conv5_x"), extra="p6p7", out_channels=64, **options)
         return getattr(detection, kind)(levels, 3, **SMALL)
     heads = {
         "KeypointRCNN": {"keypoint_head": KeypointRCNNHeads(32, (32,)), "keypoint_predictor": KeypointRCNNPredictor(32, 1)},
-        "MaskRCNN": {"mask_head": MaskRCNNHeads(32, (32,), 1), "mask_predictor": MaskRCNNPredictor(32, 32, 3)},
+        "MaskRCNN": {"mask_head": MaskRCNNHeads(32, (256,), 1)},
     }
     return getattr(detection, kind)(fpn_backbone(name, out_channels=32, **options), 3, **SMALL, **FEW, **heads.get(kind, {}))
-
-
-def losses_of_training(model: nn.Module, step: object, count: int = 5) -> list[float]:
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
-    losses = []
-    for _ in range(count):
-        torch.manual_seed(0)  # the same sampled anchors and regions, so that the losses can be compared
-        loss = step(model)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    return losses
 
 
 def detection_step(model: nn.Module) -> Tensor:
@@ -240,26 +160,6 @@ def test_variants_train_freeze_save_and_reload(name: str, variant: str, tmp_path
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize(
-    ("head", "name", "variant", "stride"),
-    [("fcn", "resnet18", "v2", 8), ("deeplabv3", "resnet18", "v1.5", 16), ("fcn", "resnet50", "v1", 16)],
-)
-def test_segmenters_train_freeze_save_and_reload(head: str, name: str, variant: str, stride: int) -> None:
-    torch.manual_seed(0)
-    options = {"num_classes": 3, "output_stride": stride, "variant": variant, "freeze_at": 2, "auxiliary": True}
-    model = segmentation_model(head, name, **options).train()
-    batch, truth = batch_of(), torch.randint(0, 3, (2, 32, 48))
-    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
-    losses = losses_of_training(model, lambda net: sum(nn.functional.cross_entropy(each, truth) for each in net(batch).values()))
-    assert losses[-1] < losses[0]
-    changed = {key.split(".")[0] for key, value in model.backbone.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == {"layer2", "layer3", "layer4"} | ({"bn_last"} if variant == "v2" else set())
-    again = segmentation_model(head, name, **options)
-    again.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        assert torch.equal(again.eval()(batch)["out"], model.eval()(batch)["out"])
-
-
 def test_freezing_survives_hosts_that_take_the_children_out() -> None:
     """torchvision's extractor walks over the children and drops our train(): what is frozen must be so by itself."""
     net = fpn_backbone("resnet50", freeze_at=2).body
@@ -270,20 +170,6 @@ def test_freezing_survives_hosts_that_take_the_children_out() -> None:
     moved = {key.split(".")[0] for key, value in extracted.body.state_dict().items() if not torch.equal(value, before[key])}
     assert moved == {"layer2", "layer3", "layer4"}
     assert not any(p.requires_grad for p in (*extracted.body.conv1.parameters(), *extracted.body.layer1.parameters()))
-
-
-def test_a_copy_and_a_replaced_norm_stay_whole() -> None:
-    model = segmentation_model("fcn", "resnet18", num_classes=2).eval()
-    other = copy.deepcopy(model)
-    batch = batch_of(1)
-    with torch.no_grad():
-        expected = model(batch)["out"]
-        other.backbone.conv1.weight.zero_()
-        assert torch.equal(model(batch)["out"], expected)
-        assert not torch.equal(other(batch)["out"], expected)
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert synced.backbone.network.bn1 is synced.backbone.bn1
-    assert isinstance(synced.backbone.bn1, nn.SyncBatchNorm)
 
 
 def test_anchors_are_torchvisions_for_five_levels_and_fit_any_other_number() -> None:
@@ -316,8 +202,6 @@ def test_levels_are_what_feature_info_says() -> None:
 def test_images_in_the_order_and_range_the_weights_want() -> None:
     plain = create_backbone("resnet18")
     swapped = copy.deepcopy(plain)
-    from dataclasses import replace
-
     swapped.preprocessing = replace(plain.preprocessing, color_order="BGR", input_range=255.0, mean=(10.0, 20.0, 30.0), std=(1.0, 2.0, 3.0))
     backbone = FPNBackbone(swapped, out_channels=8)
     assert normalization(backbone) == {"image_mean": [30 / 255, 20 / 255, 10 / 255], "image_std": [3 / 255, 2 / 255, 1 / 255]}
@@ -355,24 +239,9 @@ def test_wrong_use_is_explained(options: dict, message: str) -> None:
         fpn_backbone(**{"name": "resnet18", **options})
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"head": "deeplab"}, "did you mean 'deeplabv3'"),
-        ({"output_stride": 4}, "takes 8, 16 or 32"),
-        ({"name": "vgg16", "output_stride": 8}, "VGG-16 takes 16 or 32"),
-        ({"out_features": ("conv5_x",)}, "topmost"),
-    ],
-)
-def test_wrong_segmentation_is_explained(options: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        segmentation_model(**{"head": "fcn", "name": "resnet18", **options})
-
-
 def test_other_networks_serve_as_well() -> None:
     with torch.device("meta"):
         assert [info.stride for info in fpn_backbone("vgg16").feature_info.values()] == [4, 8, 16, 32]
-        assert segmentation_model("deeplabv3", "vgg16", output_stride=16).classifier[0].convs[1][0].dilation == (6, 6)
 
 
 def test_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
