@@ -89,7 +89,7 @@ def test_trains_freezes_saves_and_reloads(architecture: str, name: str, tmp_path
     }
     before = {key: value.clone() for key, value in model.encoder.state_dict().items()}
     x, truth = images(4, 3, 32, 32), torch.randint(0, 2, (4, 32, 32))
-    losses = losses_of_training(model, lambda net: nn.functional.cross_entropy(net(x), truth), rate=1e-4)
+    losses = losses_of_training(model, lambda net: nn.functional.cross_entropy(net(x), truth))
     assert losses[-1] < losses[0]
     changed = {key.split(".")[0] for key, value in model.encoder.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"layer2", "layer3", "layer4"} | ({"bn_last"} if variant == "v2" else set())

@@ -17,8 +17,10 @@ from caffe_writer import Writer, layer, message, number, old_layer, text, varint
 from references import Reference, randomise
 from torch import Tensor, nn
 
+from resbackbone import create_classifier
 from resbackbone.errors import InputError
 from resbackbone.weights.caffe import CaffeLayer, from_caffe, read_caffe
+from tools.convert_weights import main as convert_weights
 
 REAL = {"cifar10_res20_iter_64000.caffemodel": "resnet20_cifar", "PlainNet_20.caffemodel": "plain20_cifar"}
 
@@ -272,8 +274,11 @@ def cifar_images(shared_data: Path, known: dict) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_networks_make_their_known_errors(name: str, shared_data: Path, known: dict, cifar_images: tuple[Tensor, Tensor]) -> None:
-    tensors, info = from_caffe(read_caffe(shared_data / "known_answers" / "caffe" / name), name)
+def test_real_networks_make_their_known_errors(
+    name: str, shared_data: Path, known: dict, cifar_images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    source = shared_data / "known_answers" / "caffe" / name
+    tensors, info = from_caffe(read_caffe(source), name)
     assert info.architecture == REAL[name]
     net = Reference("plain" if "plain" in info.architecture else "cifar", (3, 3, 3), 16, bias=False).eval()
     missing, unexpected = net.load_state_dict(tensors, strict=False)
@@ -286,3 +291,9 @@ def test_real_networks_make_their_known_errors(name: str, shared_data: Path, kno
     expected = torch.tensor(known[name]["logits_image0"])
     # The mean image is an estimate: the true one's logits have 4 digits, these are within 0.08 of up to 26.
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=0.1)
+    assert convert_weights([str(source), str(tmp_path / "ours.safetensors"), "--to", "resbackbone"]) == 0
+    ours = create_classifier(
+        info.architecture, weights=tmp_path / "ours.safetensors", **({"shortcut": "B"} if info.shortcut else {})
+    ).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images[:50]), logits[:50], rtol=1e-5, atol=1e-4)
