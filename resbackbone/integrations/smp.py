@@ -25,9 +25,7 @@ try:
     from segmentation_models_pytorch.encoders import encoders
     from segmentation_models_pytorch.encoders._base import EncoderMixin
 except ImportError as error:
-    raise InputError(
-        "resbackbone.integrations.smp needs segmentation_models_pytorch; pip install 'segmentation-models-pytorch>=0.6'"
-    ) from error
+    raise InputError("resbackbone.integrations.smp needs segmentation_models_pytorch; pip install 'resbackbone[smp]'") from error
 
 STRIDES = (2, 4, 8, 16, 32)  # of an encoder's maps, as decoders take them for granted; the image itself comes first
 

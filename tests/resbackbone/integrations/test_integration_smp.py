@@ -191,5 +191,5 @@ def test_missing_weights_are_explained() -> None:
 def test_without_smp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.encoders", None)
     monkeypatch.delitem(sys.modules, "resbackbone.integrations.smp")
-    with pytest.raises(InputError, match="pip install 'segmentation-models-pytorch"):
+    with pytest.raises(InputError, match=r"pip install 'resbackbone\[smp\]'"):
         import resbackbone.integrations.smp  # noqa: F401
