@@ -48,12 +48,13 @@ class Block(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *, stride: int, style: BlockStyle, drop_rate: float, first: bool = False
-    ) -> None:
+    def __init__(self, *, first: bool = False) -> None:
         super().__init__()
         self.activated_shortcut = first  # He et al. 2016, appendix: in v2's first block both paths start from the activation
         self.relu = nn.ReLU(inplace=True)
+
+    def add_shortcut(self, in_channels: int, out_channels: int, *, stride: int, style: BlockStyle, drop_rate: float) -> None:
+        """Called last, so that parameters come in torchvision's order, which optimizers' states count by."""
         if style.plain:
             return
         norm = None if style.preactivation else style.norm
@@ -84,11 +85,12 @@ class BasicBlock(Block):
         first: bool = False,
     ) -> None:
         _refuse_groups(style)
-        super().__init__(in_channels, width, stride=stride, style=style, drop_rate=drop_rate, first=first)
+        super().__init__(first=first)
         self.conv1 = _conv(in_channels, width, size=3, stride=stride, dilation=dilations[0], bias=style.bias)
         self.bn1 = style.norm(width)
         self.conv2 = _conv(width, width, size=3, dilation=dilations[1], bias=style.bias)
         self.bn2 = style.norm(width)
+        self.add_shortcut(in_channels, width, stride=stride, style=style, drop_rate=drop_rate)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, width, H / stride, W / stride]."""
@@ -114,7 +116,7 @@ class Bottleneck(Block):
         first: bool = False,
     ) -> None:
         inner, out_channels = _inner_width(width, style), width * self.expansion
-        super().__init__(in_channels, out_channels, stride=stride, style=style, drop_rate=drop_rate, first=first)
+        super().__init__(first=first)
         stride_1x1, stride_3x3 = (1, stride) if style.stride_in_3x3 else (stride, 1)
         self.conv1 = _conv(in_channels, inner, size=1, stride=stride_1x1, bias=style.bias)
         self.bn1 = style.norm(inner)
@@ -122,6 +124,7 @@ class Bottleneck(Block):
         self.bn2 = style.norm(inner)
         self.conv3 = _conv(inner, out_channels, size=1, bias=style.bias)
         self.bn3 = style.norm(out_channels)
+        self.add_shortcut(in_channels, out_channels, stride=stride, style=style, drop_rate=drop_rate)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, 4 width, H / stride, W / stride]."""
@@ -146,11 +149,12 @@ class PreActivationBasicBlock(Block):
         first: bool = False,
     ) -> None:
         _refuse_groups(style)
-        super().__init__(in_channels, width, stride=stride, style=style, drop_rate=drop_rate, first=first)
+        super().__init__(first=first)
         self.bn1 = style.norm(in_channels)
         self.conv1 = _conv(in_channels, width, size=3, stride=stride, dilation=dilations[0], bias=style.bias)
         self.bn2 = style.norm(width)
         self.conv2 = _conv(width, width, size=3, dilation=dilations[1], bias=style.bias)
+        self.add_shortcut(in_channels, width, stride=stride, style=style, drop_rate=drop_rate)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, width, H / stride, W / stride]."""
@@ -176,13 +180,14 @@ class PreActivationBottleneck(Block):
         first: bool = False,
     ) -> None:
         inner, out_channels = _inner_width(width, style), width * self.expansion
-        super().__init__(in_channels, out_channels, stride=stride, style=style, drop_rate=drop_rate, first=first)
+        super().__init__(first=first)
         self.bn1 = style.norm(in_channels)
         self.conv1 = _conv(in_channels, inner, size=1, bias=style.bias)
         self.bn2 = style.norm(inner)
         self.conv2 = _conv(inner, inner, size=3, stride=stride, dilation=dilations[0], groups=style.groups, bias=style.bias)
         self.bn3 = style.norm(inner)
         self.conv3 = _conv(inner, out_channels, size=1, bias=style.bias)
+        self.add_shortcut(in_channels, out_channels, stride=stride, style=style, drop_rate=drop_rate)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, 4 width, H / stride, W / stride]."""

@@ -58,7 +58,7 @@ def photo(batch: int, size: tuple[int, int], small: bool) -> Tensor:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 0.0) -> None:
-    """Equal bit for bit, or up to rounding, which dozens of layers without shortcuts amplify: in the norm of the whole map."""
+    """Equal bit for bit, or up to rounding, in the norm of the whole map."""
     for name, features in one.items():
         difference = (other[name] - features).norm() / features.norm()
         assert difference <= tolerance, f"{name} differs by {difference:.2g} of its norm"
@@ -93,8 +93,11 @@ def test_cell(name: str, variant: str, norm: str, number: int) -> None:
             tensor.zero_()
         twin.load_state_dict(net.state_dict(), strict=True)
         same(expected, twin(x))
+        if name.startswith("plain"):  # dozens of layers without shortcuts amplify float32's rounding beyond any bound
+            net, x = net.double(), x.double()
+            expected = net(x)
         last = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
-        same(expected, last, tolerance=1e-3)
+        same(expected, last, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(("name", "variant"), [cell for cell in NETWORKS if cell[0] not in ("resnet101", "resnet152", "resnet110_cifar")])
