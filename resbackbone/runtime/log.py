@@ -25,10 +25,11 @@ METRICS_FILE = "metrics.jsonl"
 class RunLog:
     """The record of one run in `output`. Everything is a no-op unless `main` (the process that writes).
 
-    On a resume at step s, lines of later steps, which the killed run had written, are dropped: each step is in the file once.
+    On a resume at step s, lines of later steps, which the killed run had written, are dropped, and so is an evaluation that it had
+    written but not recorded in a checkpoint, for it is made again: each line is in the file once.
     """
 
-    def __init__(self, output: Path, *, total_steps: int, main: bool, resume_step: int = 0) -> None:
+    def __init__(self, output: Path, *, total_steps: int, main: bool, resume_step: int = 0, evaluated_step: int | None = None) -> None:
         self.total_steps, self.main = total_steps, main
         self._writer: Any = None
         if not main:
@@ -36,7 +37,7 @@ class RunLog:
         self._output = output = Path(output)
         with storage_errors(output):
             output.mkdir(parents=True, exist_ok=True)
-            _drop_later_lines(output / METRICS_FILE, resume_step)
+            _drop_later_lines(output / METRICS_FILE, resume_step, resume_step if evaluated_step is None else evaluated_step)
             self._metrics: TextIO = (output / METRICS_FILE).open("a", encoding="utf-8")
             self._text: TextIO = (output / "log.txt").open("a", encoding="utf-8")
         self._console = _make_console()
@@ -175,21 +176,23 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _drop_later_lines(path: Path, resume_step: int) -> None:
+def _drop_later_lines(path: Path, resume_step: int, evaluated_step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if resume_step > 0 and _step_of_line(line) <= resume_step]
+    kept = [line for line in lines if resume_step > 0 and _is_known(line, resume_step, evaluated_step)]
     if len(kept) != len(lines):
         write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
 
-def _step_of_line(line: str) -> float:
-    """The step of a metrics line; infinity for a line that was cut off when the run was killed."""
+def _is_known(line: str, resume_step: int, evaluated_step: int) -> bool:
+    """Whether the checkpoint of `resume_step` has seen what a metrics line tells; False for a line that was cut off by a kill."""
     try:
-        return int(json.loads(line)["step"])
+        values = json.loads(line)
+        last = evaluated_step if any(name.startswith("eval/") for name in values) else resume_step
+        return int(values["step"]) <= last
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False
 
 
 def _jsonable(value: Any) -> Any:

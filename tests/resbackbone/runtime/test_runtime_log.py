@@ -50,6 +50,19 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path, tail: str) -> None:
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_an_evaluation_that_no_checkpoint_knows_of_is_written_once(tmp_path: Path) -> None:
+    def evaluate(**resumed_at: int) -> None:
+        log = RunLog(tmp_path, total_steps=100, main=True, **resumed_at)
+        if not resumed_at:
+            log.metrics(4, loss=1.0)
+        log.metrics(4, **{"eval/AP": 0.5})
+        log.close()
+
+    evaluate()  # and killed before the evaluation was recorded in a checkpoint
+    evaluate(resume_step=4, evaluated_step=2)
+    assert [sorted(line) for line in read(tmp_path)] == [["loss", "step", "time"], ["eval/AP", "step", "time"]]
+
+
 def test_a_run_from_the_start_keeps_nothing_old(tmp_path: Path) -> None:
     run_steps(tmp_path, range(3))
     run_steps(tmp_path, range(2))
