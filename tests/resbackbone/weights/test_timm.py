@@ -128,14 +128,20 @@ def test_vgg16s_logits_are_timms() -> None:
 
 
 @torch.no_grad()
-def test_vgg16_bns_last_map_is_timms() -> None:
-    theirs = empty("vgg16_bn")
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn"])
+def test_every_stage_of_a_vgg_is_timms(name: str) -> None:
+    theirs = empty(name)
     randomise(theirs.features)
-    renamed = from_timm(theirs.features.state_dict(prefix="features."))
     with torch.device("meta"):
-        backbone = create_backbone("vgg16_bn")
-    backbone.load_state_dict(renamed, strict=True, assign=True)
-    assert_equal_to(theirs.features[:-1](image()), backbone.eval()(image())["conv5"], "conv5")
+        backbone = create_backbone(name)
+    backbone.load_state_dict(from_timm(theirs.features.state_dict(prefix="features.")), strict=True, assign=True)
+    expected, stages = image(), iter(backbone.eval()(image()).items())
+    for layer in theirs.features:
+        if isinstance(layer, nn.MaxPool2d):  # a stage is what a pooling layer receives
+            stage, ours = next(stages)
+            assert_equal_to(expected, ours, stage)
+        expected = layer(expected)
+    assert next(stages, None) is None
 
 
 def test_heads_can_be_absent() -> None:
