@@ -14,6 +14,7 @@ from resbackbone.errors import InputError, nearest
 from .annotations import Annotations, assemble
 from .box_checks import check_boxes
 from .coco_json import CocoFile, CocoFileWithMasks, CocoObjectWithMask, read_coco_file
+from .join import join_sources
 from .masks import PackedMasks, compress_counts
 from .problems import ProblemLog
 from .source import FolderSource, check_file_names
@@ -27,7 +28,7 @@ HOW_TO_GET = (
 def load(
     root: Path | None, split: str | tuple[str, ...], *, masks: bool = False, images: str | None = None, exif: bool = True
 ) -> FolderSource:
-    """One split, checked. split: `train2017`, or the path of a JSON below root; images: its image folder below root.
+    """One split, or several joined, checked. split: `train2017`, or the path of a JSON below root; images: the image folder below root.
 
     Problems are handled as problems.POLICY says: InputError for the first that training refuses, a warning with counts for the rest.
     """
@@ -41,8 +42,14 @@ def scan(
     root: Path | None, split: str | tuple[str, ...], *, masks: bool = False, images: str | None = None, exif: bool = True
 ) -> tuple[FolderSource | None, ProblemLog]:
     """The same without refusing: every problem in one pass, and a source of what is sound (None where nothing could be read)."""
-    json_path, folder = locate(root, split, images=images)
-    return scan_files(json_path, folder, masks=masks, exif=exif)
+    places = [locate(root, one, images=images) for one in ((split,) if isinstance(split, str) else split)]
+    scanned = [scan_files(json_path, folder, masks=masks, exif=exif) for json_path, folder in places]
+    if len(scanned) == 1:
+        return scanned[0]
+    log = ProblemLog([problem for _, one in scanned for problem in one.found])
+    parts = [source for source, _ in scanned if source is not None]
+    assert root is not None, "locate refuses None"
+    return (join_sources(parts, root, log) if len(parts) == len(scanned) else None), log
 
 
 def scan_files(json_path: Path, folder: Path, *, masks: bool = False, exif: bool = True) -> tuple[FolderSource | None, ProblemLog]:
@@ -55,10 +62,8 @@ def scan_files(json_path: Path, folder: Path, *, masks: bool = False, exif: bool
     return FolderSource(annotations=annotations, folder=folder, annotation_file=json_path, exif=exif), log
 
 
-def locate(root: Path | None, split: str | tuple[str, ...], *, images: str | None = None) -> tuple[Path, Path]:
+def locate(root: Path | None, split: str, *, images: str | None = None) -> tuple[Path, Path]:
     """(JSON, image folder) of a split. Raises InputError that says what is not there and how to get COCO."""
-    if not isinstance(split, str):
-        raise InputError(f"COCO takes one split at a time, not {list(split)}; join the JSON files first")
     if root is None or not root.is_dir():
         raise InputError(f"data.root={root}: there is no such folder. {HOW_TO_GET}")
     named = split.endswith(".json")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import SharedArrays, ragged_positions, take_ragged
+from .arrays import SharedArrays, offsets_of, ragged_positions, take_ragged
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +47,17 @@ class PackedMasks(SharedArrays):
             box_offsets=np.array(box_ends),
             rle_bytes=np.frombuffer(bytes(codes), dtype=np.uint8),
             rle_offsets=np.array(code_ends),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[PackedMasks]) -> PackedMasks:
+        """The masks of all parts, in order."""
+        return cls(
+            points=np.concatenate([part.points for part in parts]),
+            polygon_offsets=offsets_of(np.concatenate([np.diff(part.polygon_offsets) for part in parts])),
+            box_offsets=offsets_of(np.concatenate([np.diff(part.box_offsets) for part in parts])),
+            rle_bytes=np.concatenate([part.rle_bytes for part in parts]),
+            rle_offsets=offsets_of(np.concatenate([np.diff(part.rle_offsets) for part in parts])),
         )
 
     def take(self, order: np.ndarray) -> PackedMasks:

@@ -223,8 +223,6 @@ def test_unknown_kinds_and_options(coco_mini: Path) -> None:
         load_source("os.path", coco_mini, "val2017")
     with pytest.raises(InputError, match="did you mean 'masks'"):
         load_source("coco", coco_mini, "val2017", mask=True)
-    with pytest.raises(InputError, match="one split at a time"):
-        load_source("coco", coco_mini, ["val2017", "train2017"])
 
 
 def test_a_format_of_ones_own_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coco_mini: Path) -> None:
