@@ -173,7 +173,8 @@ def _find_builder(name: str) -> Builder:
     if name not in BACKBONES:
         raise InputError(
             f"there is no backbone {name!r};{nearest(name, list_backbones())} choose from {', '.join(list_backbones())}, "
-            "timm:NAME, torchvision:NAME, or MODULE:NAME for one that a module of yours registers"
+            "timm:NAME, torchvision:NAME, MODULE:NAME for one that a module of yours registers, or install a package that adds it "
+            f"(entry-point group {ENTRY_POINTS})"
         )
     return BACKBONES[name]
 

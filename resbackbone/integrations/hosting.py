@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from resbackbone.backbone import Backbone, Preprocessing
 from resbackbone.layers import EvalBatchNorm2d, FrozenBatchNorm2d
@@ -42,10 +44,41 @@ def prepare(network: Backbone) -> Backbone:
     return network
 
 
+def fill(network: Backbone, filled: Backbone) -> None:
+    """Move the weights of `filled`, the same network made with weights and prepared, into one that a host has built and perhaps changed.
+
+    The norms' epsilons and what images must be like come with them.
+    """
+    network.load_state_dict(filled.state_dict(), strict=True)
+    for path, norm in network.named_modules():
+        if hasattr(norm, "running_var") and hasattr(norm, "eps"):
+            norm.eps = filled.get_submodule(path).eps
+    network.preprocessing, network.weights, network.load_report = filled.preprocessing, filled.weights, filled.load_report
+
+
 def unit_statistics(preprocessing: Preprocessing) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of images whose white is 1, which is how hosts count."""
     white = preprocessing.input_range
     return [mean / white for mean in preprocessing.mean], [std / white for std in preprocessing.std]
+
+
+def warn_if_normalised_twice(images: Tensor, preprocessing: Preprocessing) -> None:
+    """Warn where a batch has values that normalising once cannot give: darker than black or brighter than white by half their distance.
+
+    Photographs have dark pixels, which end far below when they are normalised again. Hosts call this with their first batch only, since
+    looking at values makes a GPU wait.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or images.device.type == "meta" or not images.numel():
+        return
+    bounds = [((value - mean) / std) for mean, std in zip(*unit_statistics(preprocessing), strict=True) for value in (0.0, 1.0)]
+    slack = (max(bounds) - min(bounds)) / 2
+    low, high = (float(value) for value in images.detach().aminmax())
+    if low < min(bounds) - slack or high > max(bounds) + slack:
+        warnings.warn(
+            f"images have values from {low:.3g} to {high:.3g}; normalised once, they lie between {min(bounds):.3g} and {max(bounds):.3g}. "
+            "They were normalised twice, or are not from 0 to 1: torchvision's detectors normalise themselves, so leave your own out",
+            stacklevel=3,
+        )
 
 
 def variants_of(name: str) -> dict[str, str]:

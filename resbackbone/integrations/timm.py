@@ -60,8 +60,17 @@ def _configuration(name: str) -> dict[str, Any]:
     task = designed_for(name)
     mean, std = unit_statistics(CIFAR10 if name.endswith("_cifar") else Preprocessing())
     size = (3, task.input_size, task.input_size)
-    first, head = {"first_conv": "conv1"}, {"classifier": "fc"}
-    return {"input_size": size, "num_classes": task.num_classes, "mean": tuple(mean), "std": tuple(std), "crop_pct": 0.875, **first, **head}
+    stride = 4 if name.endswith("_cifar") else 32  # of the last map; building each network to ask it would take seconds
+    return {
+        "input_size": size,
+        "pool_size": (task.input_size // stride,) * 2,
+        "num_classes": task.num_classes,
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "crop_pct": 0.875,
+        "first_conv": "conv1",
+        "classifier": "fc",
+    }
 
 
 def _create(key: str, network: Callable[..., TimmBackbone], pretrained: bool, **options: Any) -> nn.Module:

@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from resbackbone.backbone import Backbone, FeatureInfo
 from resbackbone.errors import InputError, nearest
-from resbackbone.integrations.hosting import HostedBackbone, prepare, unit_statistics
+from resbackbone.integrations.hosting import HostedBackbone, prepare, unit_statistics, warn_if_normalised_twice
 from resbackbone.registry import create_backbone
 
 try:
@@ -59,6 +59,7 @@ class FPNBackbone(nn.Module):
         body.out_features = _deepest_of_each_stride(body) if returned is None else tuple(returned)
         body.trim()
         self.body = prepare(body)
+        self._has_seen_images = False
         self.out_channels = out_channels
         infos = [body.feature_info[name] for name in body.out_features]
         self.feature_info = _level_info(body, infos, out_channels, EXTRA_LEVELS[extra])
@@ -67,6 +68,9 @@ class FPNBackbone(nn.Module):
         )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if not self._has_seen_images:
+            warn_if_normalised_twice(images, self.body.preprocessing)
+            self._has_seen_images = True
         maps = self.body(images).values()
         return self.fpn({str(number): features for number, features in enumerate(maps)})
 
@@ -108,6 +112,40 @@ def normalization(backbone: FPNBackbone) -> dict[str, list[float]]:
     """`image_mean` and `image_std` for a detection model, which normalises images itself: those the backbone's weights expect."""
     mean, std = unit_statistics(backbone.body.preprocessing)
     return {"image_mean": mean, "image_std": std}
+
+
+def levels_table(levels: Mapping[str, FeatureInfo], anchors: Sequence[Sequence[float]] = ()) -> str:
+    """A line a level: its name, channels, stride in pixels, and where given the sides of its anchors in pixels."""
+    rows = [("level", "channels", "stride", *(["anchors"] if anchors else []))]
+    for number, (name, info) in enumerate(levels.items()):
+        sides = ", ".join(f"{side:g}" for side in anchors[number]) if number < len(anchors) else "none"
+        rows.append((name, str(info.channels), str(info.stride), *([sides] if anchors else [])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def check_fit(model: Any) -> str:
+    """The levels of a torchvision detector on an FPNBackbone and its anchors on them, as a table to print.
+
+    Raises InputError, with that table and what to pass, where the model has anchors for another number of levels or leaves some out of
+    region pooling: torchvision itself stops at an assertion or says nothing.
+    """
+    backbone, part = model.backbone, model.rpn if hasattr(model, "rpn") else model
+    if not isinstance(backbone, FPNBackbone) or not hasattr(part, "anchor_generator"):
+        raise InputError(f"{type(model).__name__} is no detector of torchvision's on an FPNBackbone; build one with fpn_backbone(...)")
+    sizes, levels = part.anchor_generator.sizes, backbone.feature_info
+    table = levels_table(levels, sizes)
+    if len(sizes) != len(levels):
+        option = "anchor_generator" if part is model else "rpn_anchor_generator"
+        raise InputError(f"there are {len(levels)} levels and anchors for {len(sizes)}; pass {option}=anchor_generator(backbone)\n{table}")
+    pooled = model.roi_heads.box_roi_pool.featmap_names if hasattr(model, "roi_heads") else list(levels)
+    left_out = [name for name in levels if name.isdigit() and name not in pooled]
+    if left_out:
+        named = [name for name in levels if name.isdigit()]
+        raise InputError(
+            f"regions are pooled from levels {pooled}, never from {left_out}; pass box_roi_pool=MultiScaleRoIAlign({named}, 7, 2)\n{table}"
+        )
+    return table
 
 
 class SegmentationBackbone(HostedBackbone):
@@ -170,7 +208,7 @@ def _level_info(body: Backbone, infos: list[FeatureInfo], channels: int, extra: 
     if strides != sorted(set(strides)):
         raise InputError(
             f"the maps {', '.join(body.out_features)} have strides {strides}, and a pyramid needs one map per stride; "
-            "leave some out of returned="
+            f"leave some out of returned=\n{levels_table(body.feature_info)}"
         )
     strides += [strides[-1] * 2**number for number in range(1, len(extra) + 1)]
     names = [*map(str, range(len(infos))), *extra]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -85,6 +87,29 @@ def test_installed_packages_add_backbones(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, Path(__file__).stem, sys.modules[__name__])
     assert "plugged" in list_backbones("plug*")
     assert isinstance(create_backbone("plugged"), Backbone)
+
+
+@pytest.mark.usefixtures("own_backbones")
+def test_a_package_that_is_installed_adds_its_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an installer leaves it: the package beside its metadata, with the lines of docs/swapping.md and docs/architecture.md."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    said = tomllib.loads(re.search(r"```toml\n(.*?)^```", (docs / "swapping.md").read_text(), re.MULTILINE | re.DOTALL)[1])
+    (points,) = said["project"]["entry-points"].items()
+    assert points == (registry.ENTRY_POINTS, {"tiny": "my_networks.tiny:tiny"})
+    source = re.search(r"<!-- file: my_networks/tiny.py -->\n```python\n(.*?)^```", (docs / "architecture.md").read_text(), re.M | re.S)[1]
+    metadata = tmp_path / "my_networks-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-networks\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\ntiny = my_networks.tiny:tiny\n")
+    (tmp_path / "my_networks").mkdir()
+    (tmp_path / "my_networks" / "tiny.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list_backbones("tiny") == ["tiny"]
+    with pytest.raises(InputError, match=r"did you mean 'tiny'.*entry-point group resbackbone\.backbones"):
+        create_backbone("tinny")
+    assert "my_networks.tiny" not in sys.modules
+    assert create_backbone("tiny", in_channels=1, freeze_at=2).feature_info["conv5_x"] == FeatureInfo(40, 32)
+    sys.modules.pop("my_networks.tiny", None)
 
 
 @pytest.mark.parametrize(

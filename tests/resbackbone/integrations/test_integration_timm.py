@@ -22,6 +22,7 @@ timm = pytest.importorskip("timm")
 from resbackbone.integrations import timm as integration  # noqa: E402
 
 NAMES = ["rb_resnet18", "rb_resnet18_v2", "rb_resnet50", "rb_resnet50_v1", "rb_resnet50_v2"]
+DEEP = [pytest.param(f"rb_resnet101{suffix}", marks=pytest.mark.slow) for suffix in ("", "_v1", "_v2")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +88,7 @@ def test_maps_and_logits_are_timms(stride: int) -> None:
     assert [info["module"] for info in ours.feature_info] == ["relu", "layer1", "layer2", "layer3", "layer4"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *DEEP])
 def test_trains_freezes_saves_and_reloads(name: str, tmp_path: Path) -> None:
     options = {"num_classes": 7, "in_chans": 1, "freeze_at": 2, "drop_path_rate": 0.1, "drop_rate": 0.1}
     model = create(name, **options).train()
@@ -167,7 +168,9 @@ def test_head_surface() -> None:
     assert model.pretrained_cfg["classifier"] == "fc"
     config = timm.data.resolve_model_data_config(model)
     assert (config["mean"], config["std"], config["input_size"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (3, 224, 224))
+    assert model.pretrained_cfg["pool_size"] == (7, 7)  # 224 / 32
     small = create("rb_resnet20_cifar")
+    assert small.pretrained_cfg["pool_size"] == tuple(small.forward_features(images(1, 3, 32, 32)).shape[2:])
     assert (small.num_classes, small.pretrained_cfg["input_size"], small.feature_info[-1]["reduction"]) == (10, (3, 32, 32), 4)
 
 

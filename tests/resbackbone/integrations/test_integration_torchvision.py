@@ -33,7 +33,11 @@ FEW = {  # regions to run the heads on; a full training set of 512 would take mi
     "box_detections_per_img": 10,
 }
 FROZEN = {"norm": "frozen", "allow_random_frozen": True}
-VARIANTS = [("resnet18", "v1.5"), ("resnet18", "v2"), ("resnet50", "v1"), ("resnet50", "v1.5"), ("resnet50", "v2")]
+VARIANTS = [
+    *(("resnet18", variant) for variant in ("v1", "v1.5", "v2")),
+    *(("resnet50", variant) for variant in ("v1", "v1.5", "v2")),
+    *(pytest.param("resnet101", variant, marks=pytest.mark.slow) for variant in ("v1", "v1.5", "v2")),
+]
 
 
 def targets(count: int = 1) -> list[dict[str, Tensor]]:
@@ -125,7 +129,8 @@ def build(kind: str, name: str, **options: object) -> nn.Module:
         "KeypointRCNN": {"keypoint_head": KeypointRCNNHeads(32, (32,)), "keypoint_predictor": KeypointRCNNPredictor(32, 1)},
         "MaskRCNN": {"mask_head": MaskRCNNHeads(32, (256,), 1)},
     }
-    return getattr(detection, kind)(fpn_backbone(name, out_channels=32, **options), 3, **SMALL, **FEW, **heads.get(kind, {}))
+    few = FEW | ({"box_batch_size_per_image": 64} if name == "resnet101" else {})  # all: drawing a few makes a deep network's loss jump
+    return getattr(detection, kind)(fpn_backbone(name, out_channels=32, **options), 3, **SMALL, **few, **heads.get(kind, {}))
 
 
 def detection_step(model: nn.Module) -> Tensor:
@@ -149,8 +154,8 @@ def test_variants_train_freeze_save_and_reload(name: str, variant: str, tmp_path
     assert frozen
     assert all(parameter.requires_grad != (id(parameter) in frozen) for parameter in model.parameters())
     before = {key: value.clone() for key, value in body.state_dict().items()}
-    losses = losses_of_training(model, detection_step)
-    assert losses[-1] < losses[0]
+    losses = losses_of_training(model, detection_step, rate=1e-5 if name == "resnet101" else 2e-5)
+    assert sum(losses[-2:]) / 2 < losses[0]
     changed = {key.split(".")[0] for key, value in body.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"layer2", "layer3", "layer4"} | ({"bn_last"} if variant == "v2" else set())
     torch.save(model.state_dict(), tmp_path / "model.pt")
