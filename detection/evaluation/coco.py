@@ -7,6 +7,7 @@ import importlib.util
 import io
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,20 @@ KEYPOINT_NAMES = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm
 _ROWS: dict[str, type[CocoRow]] = {"bbox": BoxRow, "segm": MaskRow, "keypoints": KeypointRow}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CocoEvaluation:
+    """What judging one set of detections gives. T IoU thresholds, R recalls, K classes in the order of their ids, A areas, M maxDets.
+
+    truth: as `read_coco_truth` gives it; numbers: float64 (N, 7), a row a box: image id, x, y, width, height, score, category id;
+    figures: see `evaluate_coco`; precision: (T, R, K, A, M), -1 where a class has no object; area 0 is all, the last maxDets 100.
+    """
+
+    truth: dict[str, Any]
+    numbers: np.ndarray
+    figures: dict[str, float]
+    precision: np.ndarray
+
+
 def evaluate_coco(
     ground_truth: Path | dict[str, Any],
     detections: Path | list[dict[str, Any]],
@@ -37,6 +52,18 @@ def evaluate_coco(
     ground_truth: COCO JSON; every image in it counts, or those of `image_ids`. detections: COCO's results format; of masks the areas
     are the masks' own even where rows have a bbox. Raises InputError for what is malformed, naming the row.
     """
+    return evaluate_coco_fully(ground_truth, detections, iou_type=iou_type, engine=engine, image_ids=image_ids).figures
+
+
+def evaluate_coco_fully(
+    ground_truth: Path | dict[str, Any],
+    detections: Path | list[dict[str, Any]],
+    *,
+    iou_type: IouType = "bbox",
+    engine: Engine = "auto",
+    image_ids: Collection[int] | None = None,
+) -> CocoEvaluation:
+    """The same with what the figures were made of."""
     _check_choice(iou_type, IOU_TYPES, "iou_type")
     _check_choice(engine, ENGINES, "engine")
     truth = read_coco_truth(ground_truth, iou_type, image_ids=image_ids)
@@ -47,7 +74,8 @@ def evaluate_coco(
     compute = _ENGINES[_chosen(engine, truth)]
     stats, precision = compute(truth, rows, numbers, iou_type)
     names = KEYPOINT_NAMES if iou_type == "keypoints" else NAMES
-    return {name: float(value) for name, value in zip(names, stats, strict=True)} | _per_class(truth, precision)
+    figures = {name: float(value) for name, value in zip(names, stats, strict=True)} | _per_class(truth, precision)
+    return CocoEvaluation(truth=truth, numbers=numbers, figures=figures, precision=precision)
 
 
 _ALL, _SIZES = ("all",) * 3, ("small", "medium", "large")
@@ -182,13 +210,17 @@ def _as_dict(row: CocoRow) -> dict[str, Any]:
     return common | {"keypoints": row.keypoints}
 
 
+def class_names(truth: dict[str, Any]) -> list[str]:
+    """One name a category, in the order of their ids; of two categories with one name each is followed by its id."""
+    times = Counter(one["name"] for one in truth["categories"])
+    return [one["name"] if times[one["name"]] == 1 else f"{one['name']} ({one['id']})" for one in truth["categories"]]
+
+
 def _per_class(truth: dict[str, Any], precision: np.ndarray) -> dict[str, float]:
     """AP of each class: precision is [IoU, recall, class, area, detections], its classes in the order of their ids, area 0 is all."""
-    names = Counter(one["name"] for one in truth["categories"])
     means = {}
-    for number, one in enumerate(truth["categories"]):
+    for number, name in enumerate(class_names(truth)):
         values = precision[:, :, number, 0, -1]
         values = values[values > -1]
-        name = one["name"] if names[one["name"]] == 1 else f"{one['name']} ({one['id']})"
         means[f"AP/{name}"] = float(values.mean()) if values.size else -1.0
     return means

@@ -48,7 +48,7 @@ def voc_figures(
     figures = {"mAP": result.map_area, "mAP_11_point": result.map_11_point}
     for name, one in result.classes.items():
         figures |= {f"VOC/{name}": one.ap_area, f"VOC_11_point/{name}": one.ap_11_point}
-    return figures | evaluate_coco(source.annotations.to_coco(), _as_coco(read_rows(detections, VocRow), source), engine=engine)
+    return figures | evaluate_coco(source.annotations.to_coco(), voc_rows_as_coco(read_rows(detections, VocRow), source), engine=engine)
 
 
 def voc_truth(source: Source) -> VocTruth:
@@ -64,7 +64,7 @@ def voc_truth(source: Source) -> VocTruth:
     )
 
 
-def _as_coco(rows: Sequence[VocRow], source: Source) -> list[dict[str, Any]]:
+def voc_rows_as_coco(rows: Sequence[VocRow], source: Source) -> list[dict[str, Any]]:
     """VOC's rows as COCO's: corners in whole pixels, both inside, become [x, y, width, height]."""
     annotations = source.annotations
     images = dict(zip(map(str, annotations.image_ids.tolist()), coco_image_ids(source), strict=True))

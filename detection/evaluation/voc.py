@@ -65,8 +65,28 @@ class VocResult:
         return float(np.mean(values)) if values else -1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgedDetections:
+    """All detections, best score first, (D,) each: index of the image, of the class, and whether right or wrong; neither: ignored."""
+
+    image_of: np.ndarray
+    labels: np.ndarray
+    is_true: np.ndarray
+    is_false: np.ndarray
+
+
 def evaluate_voc(truth: VocTruth, detections: Path | Sequence[dict[str, Any]], *, iou: float = 0.5) -> VocResult:
     """Both APs of every class. detections: rows {image_id, category, score, bbox} in VOC's pixels. Raises InputError, naming the row."""
+    judged = judge_voc(truth, detections, iou=iou)
+    results = {}
+    for label, name in enumerate(truth.classes):
+        chosen, counts = judged.labels == label, ~truth.difficult[truth.labels == label]
+        results[name] = _class_result(judged.is_true[chosen], judged.is_false[chosen], objects=int(counts.sum()))
+    return VocResult(iou=iou, classes=results)
+
+
+def judge_voc(truth: VocTruth, detections: Path | Sequence[dict[str, Any]], *, iou: float = 0.5) -> JudgedDetections:
+    """The verdicts behind `evaluate_voc`."""
     rows, where = read_rows(detections, VocRow), name_of(detections, "detections")
     images, classes = np.array([str(row.image_id) for row in rows], dtype=str), np.array([row.category for row in rows], dtype=str)
     check_known(images, truth.image_ids, f"{where}: the image set has no image", "; is this the right --image-set?")
@@ -76,15 +96,11 @@ def evaluate_voc(truth: VocTruth, detections: Path | Sequence[dict[str, Any]], *
     labels = np.array([label_number[name] for name in classes.tolist()], dtype=np.int64)
     numbers = np.array([(row.score, *row.bbox) for row in rows], dtype=np.float64).reshape(-1, 5)
     check_finite(rows, numbers, where)
-    order, boxes = np.argsort(-numbers[:, 0], kind="stable"), numbers[:, 1:]  # equal scores keep the file's order
-    labels = labels[order]
-    best, overlap = best_objects(truth, image_of[order] * len(truth.classes) + labels, boxes[order])
+    order = np.argsort(-numbers[:, 0], kind="stable")  # equal scores keep the file's order
+    boxes, labels, image_of = numbers[order, 1:], labels[order], image_of[order]
+    best, overlap = best_objects(truth, image_of * len(truth.classes) + labels, boxes)
     is_true, is_false = _judge(best, overlap >= iou, truth.difficult)
-    results = {}
-    for label, name in enumerate(truth.classes):
-        chosen, counts = labels == label, ~truth.difficult[truth.labels == label]
-        results[name] = _class_result(is_true[chosen], is_false[chosen], objects=int(counts.sum()))
-    return VocResult(iou=iou, classes=results)
+    return JudgedDetections(image_of=image_of, labels=labels, is_true=is_true, is_false=is_false)
 
 
 def best_objects(truth: VocTruth, keys: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,185 @@
+"""How sure the difference between two detectors is: the paired bootstrap over images (Efron & Tibshirani 1993, §6; Koehn 2004).
+
+Images are drawn with replacement, as many as there are, and both detectors are judged on the same draw; the spread of the figures over many
+draws is what another test set of this size would give. An image drawn twice counts twice, with its objects and its detections.
+
+    first, second = (coco_verdicts(truth, rows) for rows in (one, other))
+    paired_bootstrap(first, second).difference      # Interval(value=0.032, low=0.011, high=0.052)
+
+It says nothing about another seed of training: for that, train several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from detection.evaluation.coco import evaluate_coco_fully
+from detection.evaluation.coco_matching import IOUS, RECALLS, CocoArrays, coco_arrays, match
+from detection.evaluation.voc import VocTruth, judge_voc
+from resbackbone.errors import InputError
+
+Metric = Literal["coco", "area", "11-point"]
+AT_ONCE = 100  # draws judged together, to keep the memory small
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassVerdicts:
+    """One class at one IoU. image: (D,) position of each detection's image, best score first, ignored ones left out; is_true: (D,)
+    bool; objects: (I,) how many objects of the class each image has.
+    """
+
+    image: np.ndarray
+    is_true: np.ndarray
+    objects: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """A detector's verdicts: one entry a class and IoU; the figure is the mean of their APs by `metric`, of those with objects."""
+
+    metric: Metric
+    entries: tuple[ClassVerdicts, ...]
+
+    @property
+    def images(self) -> int:
+        """How many images were judged."""
+        return len(self.entries[0].objects) if self.entries else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A figure and between what it lies."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two detectors on the same images; difference is second - first; share_better: of draws with it above 0, equals counted half."""
+
+    first: Interval
+    second: Interval
+    difference: Interval
+    share_better: float
+
+
+def coco_verdicts(
+    ground_truth: Path | dict[str, Any],
+    detections: Path | list[dict[str, Any]],
+    *,
+    ious: Sequence[float] = tuple(IOUS),
+    image_ids: Collection[int] | None = None,
+) -> Verdicts:
+    """Verdicts whose mean is COCO's AP of boxes; of `ious` [0.5] alone its AP50. Raises InputError as `evaluate_coco` does."""
+    evaluation = evaluate_coco_fully(ground_truth, detections, image_ids=image_ids)
+    return verdicts_of(coco_arrays(evaluation.truth, evaluation.numbers), ious=ious)
+
+
+def verdicts_of(arrays: CocoArrays, *, ious: Sequence[float] = tuple(IOUS)) -> Verdicts:
+    """The same for arrays that are there already."""
+    entries = []
+    for iou in ious:
+        found = match(arrays, iou=iou)
+        is_ignored = np.zeros(len(found), dtype=bool)
+        is_ignored[found >= 0] = arrays.object_crowd[found[found >= 0]]
+        for label in range(len(arrays.category_ids)):
+            chosen = (arrays.label == label) & ~is_ignored
+            counted = arrays.object_image[(arrays.object_label == label) & ~arrays.object_crowd]
+            objects = np.bincount(counted, minlength=len(arrays.image_ids))
+            entries.append(ClassVerdicts(image=arrays.image[chosen], is_true=found[chosen] >= 0, objects=objects))
+    return Verdicts(metric="coco", entries=tuple(entries))
+
+
+def voc_verdicts(
+    truth: VocTruth, detections: Path | Sequence[dict[str, Any]], *, iou: float = 0.5, metric: Literal["area", "11-point"] = "area"
+) -> Verdicts:
+    """Verdicts whose mean is VOC's mAP. Raises InputError as `evaluate_voc` does."""
+    judged = judge_voc(truth, detections, iou=iou)
+    entries = []
+    for label in range(len(truth.classes)):
+        chosen = (judged.labels == label) & (judged.is_true | judged.is_false)
+        counted = truth.image_of[(truth.labels == label) & ~truth.difficult]
+        objects = np.bincount(counted, minlength=len(truth.image_ids))
+        entries.append(ClassVerdicts(image=judged.image_of[chosen], is_true=judged.is_true[chosen], objects=objects))
+    return Verdicts(metric=metric, entries=tuple(entries))
+
+
+def paired_bootstrap(first: Verdicts, second: Verdicts, *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Comparison:
+    """Percentile intervals that hold `level` of the draws. Raises InputError where the two weren't judged on the same images."""
+    if first.images != second.images or first.metric != second.metric or not first.images:
+        raise InputError(
+            f"runs on {first.images} images by the metric {first.metric} and on {second.images} by {second.metric} can't be compared; "
+            "judge both on the same images, at least one"
+        )
+    times = draws(first.images, resamples=resamples, seed=seed)
+    return compare_aps(class_aps(first, times), class_aps(second, times), level=level)
+
+
+def draws(images: int, *, resamples: int, seed: int = 0) -> np.ndarray:
+    """(1 + resamples, images) int64: how often each image is drawn; the first row is every image once, the data set itself."""
+    draw = np.random.default_rng(seed)
+    drawn = [np.bincount(draw.integers(0, images, images), minlength=images) for _ in range(resamples)]
+    return np.stack([np.ones(images, dtype=np.int64), *drawn])
+
+
+def class_aps(verdicts: Verdicts, times: np.ndarray) -> np.ndarray:
+    """(E, N) AP of each entry where image i counts times[n, i] times, times: (N, images) whole numbers; NaN where no object is left."""
+    parts = [times[start : start + AT_ONCE] for start in range(0, len(times), AT_ONCE)]
+    rows = [np.concatenate([_aps(entry, part, verdicts.metric) for part in parts]) for entry in verdicts.entries]
+    return np.stack(rows) if rows else np.zeros((0, len(times)))
+
+
+def compare_aps(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> Comparison:
+    """The comparison of what `class_aps` gave for two runs and the same `draws`: of all entries, or of some rows of both."""
+    one, other = _means(first), _means(second)
+    gain = other - one
+    drawn = gain[1:]
+    return Comparison(
+        first=_interval(one, level),
+        second=_interval(other, level),
+        difference=_interval(gain, level),
+        share_better=float(np.mean((drawn > 0) + 0.5 * (drawn == 0))) if len(drawn) else 0.5,
+    )
+
+
+def mean_ap(verdicts: Verdicts, times: np.ndarray) -> float:
+    """The figure with image i counted times[i] times, (images,) whole numbers; 0 where no object is left."""
+    return float(_means(class_aps(verdicts, times[None]))[0])
+
+
+def _means(aps: np.ndarray) -> np.ndarray:
+    """(N,) mean over the entries that have objects, as COCO and VOC take it; 0 where none has."""
+    is_there = ~np.isnan(aps)
+    return np.where(is_there, aps, 0.0).sum(axis=0) / np.maximum(is_there.sum(axis=0), 1)
+
+
+def _aps(entry: ClassVerdicts, times: np.ndarray, metric: Metric) -> np.ndarray:
+    """(N,) AP of one entry for each row of times."""
+    objects, hits = times @ entry.objects, np.flatnonzero(entry.is_true)
+    aps = np.where(objects > 0, 0.0, np.nan)
+    if not len(hits):
+        return aps
+    # Only at right ones does recall grow, and between the copies of one the precision only rises: these points are the whole curve.
+    seen = np.cumsum(np.add.reduceat(times[:, entry.image[: hits[-1] + 1]], np.append(0, hits[:-1] + 1), axis=1), axis=1)
+    right = np.cumsum(times[:, entry.image[hits]], axis=1)
+    precision = np.maximum.accumulate((right / np.maximum(seen, 1))[:, ::-1], axis=1)[:, ::-1]
+    total = np.maximum(objects, 1)[:, None]
+    if metric == "area":
+        reached = right / total
+    elif metric == "11-point":
+        reached = (10 * right // total + 1) / 11
+    else:
+        reached = np.searchsorted(RECALLS, right / total, side="right") / len(RECALLS)
+    return aps + (np.diff(reached, axis=1, prepend=0.0) * precision).sum(axis=1)
+
+
+def _interval(values: np.ndarray, level: float) -> Interval:
+    low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2]) if len(values) > 1 else values[[0, 0]]
+    return Interval(value=float(values[0]), low=float(low), high=float(high))

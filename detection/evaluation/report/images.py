@@ -1,0 +1,139 @@
+"""Which images a report shows, and what is drawn on them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from detection.data.images import resize_image
+from detection.evaluation.coco_matching import CocoArrays
+from detection.evaluation.report.errors import IGNORED, MISSED, RIGHT, Errors
+from resbackbone.errors import InputError
+
+SIDE_PX = 360  # the longer side of a thumbnail
+JPEG_QUALITY = 72
+MOST_IMAGES = 240
+MOST_BYTES = 10_000_000  # of thumbnails; images after that are drawn without
+MOST_BOXES = 60  # of an image, the surest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """names: file names by COCO image id; sizes: (height, width) by it, (0, 0) where unknown; read: pixels of an image, RGB uint8
+    [H, W, 3], or InputError that says why not; None where there are no images.
+    """
+
+    names: dict[int, str]
+    sizes: dict[int, tuple[int, int]]
+    read: Callable[[int], np.ndarray] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """(I,) each: right detections, wrong ones and missed objects of an image at a threshold."""
+
+    right: np.ndarray
+    wrong: np.ndarray
+    missed: np.ndarray
+
+    @property
+    def quality(self) -> np.ndarray:
+        """(I,) right / (right + wrong + missed); 1 where there was nothing to find and nothing was claimed."""
+        total = self.right + self.wrong + self.missed
+        return np.where(total > 0, self.right / np.maximum(total, 1), 1.0)
+
+
+def tally(arrays: CocoArrays, errors: Errors, *, threshold: float) -> Tally:
+    """Counts of each image, of detections scored `threshold` or more."""
+    images, is_sure = len(arrays.image_ids), arrays.score >= threshold
+    right = np.bincount(arrays.image[is_sure & (errors.kind == RIGHT)], minlength=images)
+    wrong = np.bincount(arrays.image[is_sure & (errors.kind >= 0)], minlength=images)
+    objects = np.bincount(arrays.object_image[~arrays.object_crowd], minlength=images)
+    return Tally(right=right, wrong=wrong, missed=objects - right)
+
+
+def choose_images(arrays: CocoArrays, errors: Errors, counts: Tally, *, most: int = MOST_IMAGES) -> np.ndarray:
+    """Up to `most` image positions, worst first: half the worst, a quarter the best, the rest the surest errors of every class and kind."""
+    if len(arrays.image_ids) <= most:
+        return np.lexsort((-(counts.wrong + counts.missed), counts.quality))
+    worst = np.lexsort((-(counts.wrong + counts.missed), counts.quality))
+    best = np.lexsort((-counts.right, -counts.quality))
+    wanted = dict.fromkeys([*worst[: most // 2].tolist(), *best[: most // 4].tolist()])
+    for one in _telling(arrays, errors):
+        if len(wanted) == most:
+            break
+        wanted[one] = None
+    for one in worst.tolist():
+        if len(wanted) == most:
+            break
+        wanted[one] = None
+    return worst[np.isin(worst, list(wanted))]
+
+
+def _telling(arrays: CocoArrays, errors: Errors) -> list[int]:
+    """Images with the surest error of each class and kind, then those with the second, and so on; missed objects largest first."""
+    classes = len(arrays.category_ids)
+    wrong = np.flatnonzero(errors.kind >= 0)
+    lost = np.flatnonzero(errors.missed)
+    lost = lost[np.argsort(-arrays.object_area[lost], kind="stable")]
+    groups = np.concatenate((errors.kind[wrong] * classes + arrays.label[wrong], MISSED * classes + arrays.object_label[lost]))
+    images = np.concatenate((arrays.image[wrong], arrays.object_image[lost]))
+    _, first = np.unique(groups * len(arrays.image_ids) + images, return_index=True)
+    first.sort()  # an image once a group, at its surest
+    order = np.argsort(groups[first], kind="stable")
+    starts = np.searchsorted(groups[first][order], groups[first][order], side="left")
+    turn = np.arange(len(order)) - starts
+    return images[first][order][np.argsort(turn, kind="stable")].tolist()
+
+
+def describe_image(arrays: CocoArrays, position: int) -> dict[str, Any]:
+    """Its objects, JSON-ready: [x, y, width, height, label, is a crowd]."""
+    mine = np.flatnonzero(arrays.object_image == position)
+    columns = (arrays.object_box[mine].round(1).tolist(), arrays.object_label[mine].tolist(), arrays.object_crowd[mine].tolist())
+    return {"objects": [[*box, label, int(crowd)] for box, label, crowd in zip(*columns, strict=True)]}
+
+
+def describe_found(arrays: CocoArrays, errors: Errors, counts: Tally, position: int) -> dict[str, Any]:
+    """What a run found in an image: [x, y, width, height, label, score, kind, position of its object in the image or -1], surest first."""
+    mine = np.flatnonzero((arrays.image == position) & (errors.kind != IGNORED))[:MOST_BOXES]
+    objects = np.flatnonzero(arrays.object_image == position)
+    target = np.where(errors.target[mine] >= 0, np.searchsorted(objects, errors.target[mine]), -1).tolist()
+    columns = (arrays.box[mine].round(1).tolist(), arrays.label[mine].tolist(), arrays.score[mine].round(4).tolist())
+    return {
+        "found": [
+            [*box, label, score, kind, place]
+            for box, label, score, kind, place in zip(*columns, errors.kind[mine].tolist(), target, strict=True)
+        ],
+        "counts": [int(counts.right[position]), int(counts.wrong[position]), int(counts.missed[position])],
+    }
+
+
+def extent(arrays: CocoArrays, position: int) -> tuple[int, int]:
+    """(height, width) that holds every box of an image whose size nobody stated."""
+    boxes = np.concatenate((arrays.object_box[arrays.object_image == position], arrays.box[arrays.image == position]))
+    far = (boxes[:, :2] + boxes[:, 2:]).max(axis=0, initial=1)
+    return int(np.ceil(far[1])), int(np.ceil(far[0]))
+
+
+def thumbnail(image: np.ndarray) -> str:
+    """A JPEG of at most SIDE_PX as a data URI. image: RGB uint8 [H, W, 3]."""
+    scale = min(1.0, SIDE_PX / max(image.shape[:2]))
+    small = resize_image(image, (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale))))
+    is_encoded, data = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    assert is_encoded, small.shape
+    return f"data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode('ascii')}"
+
+
+def picture_of(pictures: Pictures, image_id: int) -> tuple[str, str]:
+    """(data URI or "", why there is none or "")."""
+    if pictures.read is None:
+        return "", "no images were given"
+    try:
+        return thumbnail(pictures.read(image_id)), ""
+    except InputError as error:
+        return "", str(error)

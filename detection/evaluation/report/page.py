@@ -1,0 +1,179 @@
+"""Everything a report shows, as one JSON object in one HTML file that needs nothing else. Its own text, style and script are beside."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detection.evaluation.bootstrap import class_aps, compare_aps, draws, verdicts_of
+from detection.evaluation.coco import CocoEvaluation, class_names
+from detection.evaluation.coco_matching import IOUS, CocoArrays, coco_arrays
+from detection.evaluation.report.curves import SIZE_BORDERS, best_threshold, confusions, precision_recall, size_curve
+from detection.evaluation.report.errors import KINDS, RIGHT, Errors, find_errors
+from detection.evaluation.report.images import (
+    MOST_BYTES,
+    MOST_IMAGES,
+    Pictures,
+    Tally,
+    choose_images,
+    describe_found,
+    describe_image,
+    extent,
+    picture_of,
+    tally,
+)
+from resbackbone.runtime.atomic import write_atomically
+
+RESAMPLES = 1000
+_PLACEHOLDERS = {"/*STYLE*/": "page.css", "/*SCRIPT*/": "page.js"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A detector's detections, judged. figures: what the tools print, by name; COCO's are those of `evaluation`."""
+
+    name: str
+    evaluation: CocoEvaluation
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Analysis:
+    run: Run
+    arrays: CocoArrays
+    errors: Errors
+    threshold: float
+    counts: Tally
+
+
+def write_report(folder: Path, run: Run, *, pictures: Pictures, other: Run | None = None, most_images: int = MOST_IMAGES) -> Path:
+    """Write folder/index.html; returns its path. other: a second run on the same images, shown beside the first."""
+    analyses = [_analyse(one) for one in (run, other) if one is not None]
+    path = folder / "index.html"
+    write_atomically(path, page(report_data(analyses, pictures, most_images=most_images)).encode())
+    return path
+
+
+def _analyse(run: Run) -> _Analysis:
+    arrays = coco_arrays(run.evaluation.truth, run.evaluation.numbers)
+    errors = find_errors(arrays)
+    threshold = best_threshold(arrays, errors)
+    return _Analysis(run=run, arrays=arrays, errors=errors, threshold=threshold, counts=tally(arrays, errors, threshold=threshold))
+
+
+def report_data(analyses: list[_Analysis], pictures: Pictures, *, most_images: int) -> dict[str, Any]:
+    """What the page's script reads, JSON-ready."""
+    first = analyses[0]
+    arrays = first.arrays
+    return {
+        "classes": class_names(first.run.evaluation.truth),
+        "kinds": KINDS,
+        "sizeBorders": SIZE_BORDERS[:-1],
+        "objects": _object_counts(arrays),
+        "crowds": int(arrays.object_crowd.sum()),
+        "imageCount": len(arrays.image_ids),
+        "runs": [_run_data(one) for one in analyses],
+        "comparison": _comparison(*(one.arrays for one in analyses)) if len(analyses) == 2 else None,
+        "images": _image_data(analyses, pictures, most_images),
+    }
+
+
+def page(data: dict[str, Any]) -> str:
+    """The whole file. Text of data sets gets into it as JSON in which no tag can open or close, and as escaped HTML in the title."""
+    here = files("detection.evaluation.report")
+    text = (here / "page.html").read_text(encoding="utf-8")
+    for mark, name in _PLACEHOLDERS.items():
+        text = text.replace(mark, (here / name).read_text(encoding="utf-8"))
+    title = " and ".join(run["name"] for run in data["runs"])
+    # Last, as what comes from outside may hold anything, such as the marks.
+    before, middle, after = text.replace("<!--TITLE-->", "\0").replace("<!--DATA-->", "\0").split("\0")
+    return before + html.escape(title) + middle + script_safe(data) + after
+
+
+def script_safe(data: Any) -> str:
+    """JSON for a <script> element, with "<", ">" and "&" as escapes; NaN becomes null."""
+    text = json.dumps(_without_nan(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _run_data(one: _Analysis) -> dict[str, Any]:
+    arrays, errors, classes = one.arrays, one.errors, len(one.arrays.category_ids)
+    names, figures = class_names(one.run.evaluation.truth), one.run.figures
+    is_sure, is_right = arrays.score >= one.threshold, errors.kind == RIGHT
+    sizes, _ = size_curve(arrays)
+    return {
+        "name": one.run.name,
+        "figures": {name: value for name, value in figures.items() if "/" not in name.removeprefix("segm/")},
+        "perClass": {kind: [figures.get(f"{kind}/{name}") for name in names] for kind in ("AP", "VOC", "VOC_11_point", "segm/AP")},
+        "threshold": one.threshold,
+        "detections": len(one.run.evaluation.numbers),
+        "sure": np.bincount(arrays.label[is_sure & (is_right | (errors.kind >= 0))], minlength=classes).tolist(),
+        "right": np.bincount(arrays.label[is_sure & is_right], minlength=classes).tolist(),
+        "ap50": errors.ap.tolist(),
+        "cost": errors.cost.tolist(),
+        "count": errors.counts(arrays.label, arrays.object_label, classes).tolist(),
+        "curves": precision_recall(one.run.evaluation.precision).transpose(0, 2, 1).round(4).tolist(),
+        "sizes": sizes.tolist(),
+        "confusion": [[*pair, times] for pair, times in sorted(confusions(arrays, errors, threshold=one.threshold).items())],
+    }
+
+
+def _object_counts(arrays: CocoArrays) -> list[list[int]]:
+    """(S + 1, K): objects of each size, then of all sizes."""
+    _, counts = size_curve(arrays)
+    total = np.bincount(arrays.object_label[~arrays.object_crowd], minlength=len(arrays.category_ids))
+    return [*counts.tolist(), total.tolist()]
+
+
+def _comparison(first: CocoArrays, second: CocoArrays) -> dict[str, Any]:
+    """Intervals of the differences, second - first: of AP, AP50 and each class's AP50, null for a class without objects."""
+    times = draws(len(first.image_ids), resamples=RESAMPLES)
+    both = [class_aps(verdicts_of(one), times) for one in (first, second)]
+    assert IOUS[0] == 0.5
+    at_half = [aps[: len(first.category_ids)] for aps in both]
+    return {
+        "resamples": RESAMPLES,
+        "overall": {"AP": _difference(*both), "AP50": _difference(*at_half)},
+        "classes": [None if np.isnan(one[0]) else _difference(one[None], other[None]) for one, other in zip(*at_half, strict=True)],
+    }
+
+
+def _difference(first: np.ndarray, second: np.ndarray) -> list[float]:
+    gain = compare_aps(first, second).difference
+    return [gain.value, gain.low, gain.high]
+
+
+def _image_data(analyses: list[_Analysis], pictures: Pictures, most: int) -> list[dict[str, Any]]:
+    first, images, size = analyses[0], [], 0
+    for position in choose_images(first.arrays, first.errors, first.counts, most=most).tolist():
+        image_id = int(first.arrays.image_ids[position])
+        height, width = pictures.sizes.get(image_id, (0, 0))
+        if min(height, width) < 1:
+            height, width = extent(first.arrays, position)
+        source, note = picture_of(pictures, image_id) if size < MOST_BYTES else ("", "left out to keep the page small")
+        size += len(source)
+        images.append(
+            {
+                "name": pictures.names.get(image_id) or str(image_id),
+                "size": [width, height],
+                "source": source,
+                "note": note,
+                **describe_image(first.arrays, position),
+                "runs": [describe_found(one.arrays, one.errors, one.counts, position) for one in analyses],
+            }
+        )
+    return images
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    return [_without_nan(one) for one in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,144 @@
+"""Counting an image twice is the same as having it twice: the bootstrap against one that copies images, rows and objects by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from coco_cases import random_case
+
+from detection.evaluation.bootstrap import coco_verdicts, mean_ap, paired_bootstrap, voc_verdicts
+from detection.evaluation.coco import evaluate_coco
+from detection.evaluation.evaluate import voc_truth
+from detection.evaluation.voc import VocTruth, evaluate_voc
+from detection.evaluation.voc_files import annotated_images
+from resbackbone.errors import InputError
+
+Rows = list[dict[str, Any]]
+
+
+def untied(truth: dict[str, Any], rows: Rows, seed: int) -> tuple[dict[str, Any], Rows]:
+    """Different scores, as the order among equals depends on where copies stand; images in the order of their ids."""
+    scores = np.random.default_rng(seed).permutation(len(rows)) / max(len(rows), 1)
+    images = sorted(truth["images"], key=lambda one: one["id"])
+    return truth | {"images": images}, [row | {"score": float(score)} for row, score in zip(rows, scores, strict=True)]
+
+
+def copied(truth: dict[str, Any], rows: Rows, times: np.ndarray) -> tuple[dict[str, Any], Rows]:
+    """The data set with image i there times[i] times, each copy an image of its own."""
+    images, objects, found = [], [], []
+    for image, count in zip(truth["images"], times.tolist(), strict=True):
+        for copy in range(count):
+            number = image["id"] + 1000 * copy
+            images.append(image | {"id": number})
+            mine = [one for one in truth["annotations"] if one["image_id"] == image["id"]]
+            objects += [one | {"image_id": number, "id": len(objects) + n} for n, one in enumerate(mine, 1)]
+            found += [row | {"image_id": number} for row in rows if row["image_id"] == image["id"]]
+    return truth | {"images": images, "annotations": objects}, found
+
+
+def test_a_coco_image_counted_twice_is_an_image_copied() -> None:
+    compared = 0
+    for seed in range(40):
+        truth, rows = untied(*random_case(seed, "bbox"), seed)
+        times = np.random.default_rng(seed).integers(0, 4, len(truth["images"]))
+        expected = evaluate_coco(*copied(truth, rows, times)) if times.any() else {"AP": -1.0}
+        if expected["AP"] >= 0:
+            for name, ious in (("AP", np.linspace(0.5, 0.95, 10).tolist()), ("AP50", [0.5])):
+                assert mean_ap(coco_verdicts(truth, rows, ious=ious), times) == pytest.approx(expected[name], abs=1e-12), seed
+            compared += expected["AP"] > 0
+    assert compared > 20
+
+
+@pytest.mark.parametrize("metric", ["area", "11-point"])
+def test_a_voc_image_counted_twice_is_an_image_copied(shared_data: Path, metric: Any) -> None:
+    folder = shared_data / "voc_known_answer"
+    source = annotated_images(folder, "test")
+    truth = voc_truth(source)
+    rows = [row | {"score": 1.0 / (2 + n)} for n, row in enumerate(_voc_rows(folder))]
+    times = np.random.default_rng(0).integers(0, 3, len(truth.image_ids))
+    chosen = [(i, copy) for i, count in enumerate(times.tolist()) for copy in range(count)]
+    objects = [np.flatnonzero(truth.image_of == i) for i, _ in chosen]
+    flat = np.concatenate(objects)
+    more = VocTruth(
+        classes=truth.classes,
+        image_ids=tuple(f"{truth.image_ids[i]}_{copy}" for i, copy in chosen),
+        image_of=np.repeat(np.arange(len(chosen)), [len(one) for one in objects]),
+        labels=truth.labels[flat],
+        boxes=truth.boxes[flat],
+        difficult=truth.difficult[flat],
+    )
+    found = [
+        row | {"image_id": f"{truth.image_ids[i]}_{copy}"} for i, copy in chosen for row in rows if row["image_id"] == truth.image_ids[i]
+    ]
+    result = evaluate_voc(more, found)
+    expected = result.map_area if metric == "area" else result.map_11_point
+    assert 0.2 < expected < 0.9
+    assert mean_ap(voc_verdicts(truth, rows, metric=metric), times) == pytest.approx(expected, abs=1e-12)
+    whole = evaluate_voc(truth, rows)
+    once = mean_ap(voc_verdicts(truth, rows, metric=metric), np.ones_like(times))
+    assert once == pytest.approx(whole.map_area if metric == "area" else whole.map_11_point, abs=1e-12)
+
+
+def _voc_rows(folder: Path) -> Rows:
+    return json.loads((folder / "detections.json").read_text())
+
+
+def known_answer(shared_data: Path) -> tuple[Path, Path]:
+    folder = shared_data / "known_answers" / "coco_val2014_100"
+    return folder / "instances_val2014_100.json", folder / "instances_val2014_fakebbox100_results.json"
+
+
+def test_intervals_are_those_of_resampling_by_hand(shared_data: Path) -> None:
+    truth, rows = known_answer(shared_data)
+    first = coco_verdicts(truth, rows, ious=[0.5])
+    second = coco_verdicts(truth, rows, ious=[0.75])  # another figure of the same images stands for another detector
+    found = paired_bootstrap(first, second, resamples=50, seed=3, level=0.8)
+    draw = np.random.default_rng(3)
+    gains = []
+    for _ in range(50):
+        times = np.bincount(draw.integers(0, 100, 100), minlength=100)
+        gains.append(mean_ap(second, times) - mean_ap(first, times))
+    assert found.difference.low == pytest.approx(np.quantile(gains, 0.1))
+    assert found.difference.high == pytest.approx(np.quantile(gains, 0.9))
+    assert found.difference.value == pytest.approx(0.573 - 0.697, abs=1e-3)
+    assert found.share_better == 0.0
+    assert found.first.low < found.first.value < found.first.high
+
+
+def test_pairing_matters(shared_data: Path) -> None:
+    """The same detector beside itself differs by nothing at all, however wide each interval is."""
+    run = coco_verdicts(*known_answer(shared_data), ious=[0.5])
+    same = paired_bootstrap(run, run, resamples=20)
+    assert (same.difference.value, same.difference.low, same.difference.high, same.share_better) == (0.0, 0.0, 0.0, 0.5)
+    assert same.first.high - same.first.low > 0.03
+
+
+def test_a_real_gain_is_told_from_none() -> None:
+    """All true boxes against two thirds of them, and these against another two thirds."""
+    draw = np.random.default_rng(0)
+    images = [{"id": n + 1} for n in range(80)]
+    objects = [
+        {"id": n + 1, "image_id": n % 80 + 1, "category_id": 1, "bbox": [10.0 * (n // 80), 5.0, 9.0, 9.0], "area": 81.0, "iscrowd": 0}
+        for n in range(240)
+    ]
+    truth = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "a"}]}
+    rows = [{"image_id": one["image_id"], "category_id": 1, "bbox": one["bbox"], "score": float(draw.random())} for one in objects]
+    fewer, other = ([rows[n] for n in draw.permutation(240)[:160]] for _ in range(2))
+    runs = [coco_verdicts(truth, some, ious=[0.5]) for some in (fewer, rows, other)]
+    assert paired_bootstrap(runs[0], runs[1], resamples=200).difference.low > 0.1
+    between = paired_bootstrap(runs[0], runs[2], resamples=200).difference
+    assert between.low < 0 < between.high
+
+
+def test_runs_on_other_images_are_refused(shared_data: Path) -> None:
+    run = coco_verdicts(*known_answer(shared_data), ious=[0.5])
+    truth, rows = random_case(2, "bbox")
+    with pytest.raises(InputError, match="on 100 images by the metric coco"):
+        paired_bootstrap(run, coco_verdicts(truth, rows))
+    nothing = coco_verdicts({"images": [], "annotations": [], "categories": []}, [])
+    with pytest.raises(InputError, match="on the same images"):
+        paired_bootstrap(nothing, nothing)
