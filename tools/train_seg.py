@@ -1,0 +1,47 @@
+"""Train a segmenter: python tools/train_seg.py --config C.yaml [--output DIR] [--resume auto|PATH] [key.path=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train_seg", description="Train, evaluate and draw a segmenter; everything lands in --output.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="a YAML file; configs/ has examples, a run's own config.yaml repeats it")
+    what.add_argument("--replay", type=Path, metavar="DIR", help="run the batch of a nonfinite/ folder again and name the first bad module")
+    parser.add_argument("--output", type=Path, help="folder for the run (default: runs/<name of the config>)")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint of --output, or from a given one")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that differ from the file")
+    return parser.parse_intermixed_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.replay is not None:
+        from detection.nonfinite import replay
+        from detection.segmentation.predict import load_for_replay
+
+        print(replay(args.replay, load=load_for_replay))
+        return
+    from detection.segmentation.config import load_segmentation_config
+    from detection.segmentation.train import train
+
+    config = load_segmentation_config(args.config, args.overrides)
+    result = train(config, args.output or Path("runs") / args.config.stem, resume=args.resume)
+    print(f"{result.primary} {result.metrics[result.primary]:.3f}")
+    print(f"weights {result.weights}")
+    print(f"drawn label maps {result.output / 'samples'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)  # before torch is imported: --help answers at once
+    from resbackbone.runtime.cli import run_tool
+
+    return run_tool(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
