@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from detection.anchors import anchor_grid
-from detection.config import DetectionConfig, ModelConfig
+from detection.config import BackboneConfig, DetectionConfig, ModelConfig
+from detection.context import ContextRoIHead
 from detection.faster_rcnn import FasterRCNN
-from detection.mask_head import MaskHead
+from detection.mask_head import MaskHead, RegionTop
 from detection.pooling import RegionPooler
 from detection.preprocess import Preprocess
 from detection.roi_head import RoIHead, TwoFCHead
 from detection.rpn import Limits, ProposalNetwork
+from detection.steps import SteppedRCNN, Steps
 from resbackbone.backbone import Backbone, FeatureInfo, Preprocessing
 from resbackbone.errors import InputError
 from resbackbone.fpn import FeaturePyramid
 from resbackbone.registry import create_backbone
+from resbackbone.resnet import ResNetRegionHead
 
 # Boxes by score before NMS. On one map Ren et al. 2015's code takes 12000 and 6000; a pyramid takes these of each level (Lin et al. 2017).
 CANDIDATES = {"c4": (12000, 6000), "dc5": (12000, 6000), "fpn": (2000, 1000)}
@@ -46,7 +50,7 @@ def build_detector(
     )
     pooled_levels = _pooled(levels)
     runs_conv5 = not isinstance(box_head, TwoFCHead)
-    roi_head = RoIHead(
+    roi_head = (ContextRoIHead if model.test.context else RoIHead)(
         RegionPooler(pooled_levels, op=model.roi.op, output_size=pool_size, channels_last=runs_conv5),  # FC layers flatten channels first
         box_head,
         num_classes=num_classes,
@@ -56,13 +60,16 @@ def build_detector(
         detections=model.test.detections,
         regions_per_pass=REGIONS_PER_PASS if runs_conv5 else None,
     )
-    return FasterRCNN(
-        trunk,
-        rpn,
-        roi_head,
-        Preprocess(preprocessing or backbone.preprocessing, divisor=32),
-        mask_head=_mask_head(model, pooled_levels, num_classes),
-    )
+    parts = trunk, rpn, roi_head, Preprocess(preprocessing or backbone.preprocessing, divisor=32)
+    mask_head = _mask_head(model, roi_head, pooled_levels, num_classes)
+    steps = chosen_steps(config)
+    return SteppedRCNN(*parts, mask_head=mask_head, steps=steps) if steps else FasterRCNN(*parts, mask_head=mask_head)
+
+
+def chosen_steps(config: DetectionConfig) -> Steps:
+    """The steps at test time that leave the network as it is: all but context."""
+    test = config.model.test
+    return Steps(refine=test.refine, scales=test.scales, merge=test.scale_merge, flip=test.flip)
 
 
 def resolved_config(config: DetectionConfig, detector: FasterRCNN) -> DetectionConfig:
@@ -75,20 +82,23 @@ def resolved_config(config: DetectionConfig, detector: FasterRCNN) -> DetectionC
 
 
 def _backbone(model: ModelConfig, initial_weights: bool) -> Backbone:
-    spec = model.backbone
-    return create_backbone(
-        spec.name,
-        weights=spec.weights if initial_weights else None,
-        variant=spec.variant,
-        norm=spec.norm,
-        norm_eps=spec.norm_eps,
-        freeze_at=spec.freeze_at,
-        output_stride=16 if model.head == "dc5" else 32,
-        dilation_rule=spec.dilation_rule,
-        checkpointing=spec.checkpointing,
-        allow_random_frozen=not initial_weights,
+    output_stride = 16 if model.head == "dc5" else 32
+    return create_backbone(model.backbone.name, output_stride=output_stride, **backbone_options(model.backbone, initial_weights))
+
+
+def backbone_options(spec: BackboneConfig, initial_weights: bool) -> dict[str, Any]:
+    """What `create_backbone` is to be told of a config's backbone, but its name and output stride."""
+    return {
+        "weights": spec.weights if initial_weights else None,
+        "variant": spec.variant,
+        "norm": spec.norm,
+        "norm_eps": spec.norm_eps,
+        "freeze_at": spec.freeze_at,
+        "dilation_rule": spec.dilation_rule,
+        "checkpointing": spec.checkpointing,
+        "allow_random_frozen": not initial_weights,
         **spec.options,
-    )
+    }
 
 
 def _c4(backbone: Backbone, model: ModelConfig) -> tuple[Backbone, nn.Module, int]:
@@ -131,8 +141,12 @@ def _pooled(levels: dict[str, FeatureInfo]) -> dict[str, FeatureInfo]:
     return levels if len(levels) == 1 else dict(list(levels.items())[:-1])
 
 
-def _mask_head(model: ModelConfig, levels: dict[str, FeatureInfo], num_classes: int) -> MaskHead | None:
+def _mask_head(model: ModelConfig, roi_head: RoIHead, levels: dict[str, FeatureInfo], num_classes: int) -> MaskHead | None:
+    """On residual C4 the branch goes on from the region head's conv5_x, elsewhere it has four convolutions of its own."""
     if not model.mask:
         return None
+    if isinstance(roi_head.box_head, ResNetRegionHead):
+        top = RegionTop(roi_head.pooler, roi_head.box_head)
+        return MaskHead(top, roi_head.box_head.out_channels, num_classes=num_classes, depth=0)
     channels = next(iter(levels.values())).channels
     return MaskHead(RegionPooler(levels, op=model.roi.op, output_size=14), channels, num_classes=num_classes)

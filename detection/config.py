@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from resbackbone.errors import InputError
 from resbackbone.runtime.config import load_config, load_config_text
@@ -54,11 +54,25 @@ class RoiConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TestConfig:
-    """What happens to scored boxes at test time."""
+    """What happens at test time: to scored boxes, and the paper's steps (He et al. 2015, appendix B), all off as in its baseline."""
 
     score_threshold: float = 0.05  # below it a box no longer moves AP
     nms: float = 0.5  # IoU, per class
     detections: int = 100  # COCO counts the best 100 of an image
+    refine: bool = False  # pool again from the regressed boxes, NMS 0.3 over both, box voting; twice the time of the region head
+    context: bool = False  # the whole image beside each region: a part of the network, so training needs it too
+    scales: tuple[int, ...] | None = None  # shorter sides in pixels; the paper: [200, 400, 600, 800, 1000]
+    scale_merge: Literal["maxout", "nms"] = "maxout"  # the paper's two scales a region; nms: each scale detects alone, NMS joins them
+    flip: bool = False  # detect in the mirror image too; NMS joins both
+
+    def __post_init__(self) -> None:
+        if self.scales is None:
+            return
+        listed = ", ".join(map(str, self.scales))
+        if list(self.scales) != sorted(set(self.scales)) or min(self.scales, default=0) < 1:
+            raise InputError(f"scales=[{listed}] are not possible; give shorter sides in pixels that rise, as [200, 400, 600, 800, 1000]")
+        if self.scale_merge == "maxout" and len(self.scales) < 2:
+            raise InputError(f"scales=[{listed}] leave maxout nothing to choose from; give two or more, or set data.min_size to that one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +80,7 @@ class ModelConfig:
     """The detector."""
 
     head: Literal["c4", "fpn", "dc5"] = "c4"  # the paper's own
-    mask: bool = False
+    mask: bool = False  # the mask branch (He et al. 2017, figure 4): its left form on residual C4, else its right one
     anchor_sizes: tuple[int, ...] | None = None  # pixels; null: 32 … 512 (fpn: one size a level), as torchvision and detectron2
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     roi: RoiConfig = field(default_factory=RoiConfig)
@@ -126,12 +140,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectorTrainConfig(TrainConfig):
+    """One training run of a detector."""
+
+    protocol: Literal["joint", "alternating"] = "joint"  # joint: RPN and detector at once, as accurate in a quarter of the time
+    # (Ren et al.'s own later code); alternating: their paper's four steps, each of `steps` (§3.2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """How a detector is judged."""
 
     engine: Literal["auto", "pycocotools", "hotcoco"] = "auto"  # auto: the fast one where its figures are proven identical
     batch_size: int = 1
     samples: int = 8  # validation images drawn into samples/
+    report: bool = True  # OUTPUT/report/index.html, a page of the last evaluation: seconds, and a few megabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +163,18 @@ class DetectionConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: DetectorTrainConfig = field(default_factory=DetectorTrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    def __post_init__(self) -> None:
-        if self.model.mask and self.model.head != "fpn":
-            raise InputError(f"model.mask=true needs model.head=fpn, not {self.model.head}; the mask branch reads FPN levels")
+
+class RunConfig(Protocol):
+    """What every training run's config has, whatever it trains."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def train(self) -> TrainConfig: ...
 
 
 def load_detection_config(path: Path | None, overrides: Sequence[str] = ()) -> DetectionConfig:
@@ -158,8 +187,8 @@ def parse_detection_config(text: str, *, source: str, overrides: Sequence[str] =
     return load_config_text(DetectionConfig, text, source=source, overrides=overrides)
 
 
-def changed_settings(before: DetectionConfig, after: DetectionConfig) -> list[str]:
-    """Every setting in which two configs differ, as `key.path: old → new`."""
+def changed_settings(before: Any, after: Any) -> list[str]:
+    """Every setting in which two configs of one schema differ, as `key.path: old → new`."""
     old, new = (dict(_flat(dataclasses.asdict(config))) for config in (before, after))
     return [f"{key}: {old[key]} → {new[key]}" for key in old if old[key] != new[key]]
 
@@ -172,7 +201,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + name, value
 
 
-def chosen_device(config: DetectionConfig) -> str | None:
+def chosen_device(config: RunConfig) -> str | None:
     """ "cpu" or "cuda" where the config says so; None lets torch choose."""
     return None if config.train.device == "auto" else config.train.device
 

@@ -16,6 +16,8 @@ from detection.rpn import Predictions, ProposalNetwork
 from detection.structures import Detections, Target
 from resbackbone.errors import InputError
 
+Generators = Sequence[torch.Generator | None]
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -51,8 +53,8 @@ class FasterRCNN(nn.Module):
 
         images: RGB (3, h, w), uint8 or float in 0..1, of any sizes. Raises InputError for boxes without area.
         """
-        _check_boxes(targets)
-        encoded = self._encode(images)
+        check_boxes(targets)
+        encoded = self.encode(images)
         proposals = self.rpn.propose(encoded.predictions, encoded.sizes, self.rpn.train_limits)
         return self._losses(encoded, proposals, targets, across_processes=True)
 
@@ -61,7 +63,7 @@ class FasterRCNN(nn.Module):
         """What is in each image, in pixels of the image as it was given. Doesn't depend on which images share the call."""
         found: dict[int, Detections] = {}
         for group in self._groups(images):
-            encoded = self._encode([images[i] for i in group])
+            encoded = self.encode([images[i] for i in group])
             proposals = self.rpn.propose(encoded.predictions, encoded.sizes, self.rpn.test_limits)
             found |= zip(group, self._detections(encoded, proposals), strict=True)
         return [found[i] for i in range(len(images))]
@@ -72,14 +74,15 @@ class FasterRCNN(nn.Module):
         found: dict[int, Detections] = {}
         losses: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         for group in self._groups(images):
-            encoded = self._encode([images[i] for i in group])
+            encoded = self.encode([images[i] for i in group])
             proposals = self.rpn.propose(encoded.predictions, encoded.sizes, self.rpn.test_limits)
             found |= zip(group, self._detections(encoded, proposals), strict=True)
             of_group = self._losses(encoded, proposals, [targets[i] for i in group], across_processes=False)
             losses |= {name: losses[name].to(value) + value * len(group) / len(images) for name, value in of_group.items()}
         return dict(losses), [found[i] for i in range(len(images))]
 
-    def _encode(self, images: Sequence[Tensor]) -> Encoded:
+    def encode(self, images: Sequence[Tensor]) -> Encoded:
+        """The backbone's and the RPN's part, for images padded to one size."""
         batch, sizes = self.preprocess(images)
         features = self.backbone(batch)
         return Encoded(features, self.rpn(features, (batch.shape[-2], batch.shape[-1])), sizes)
@@ -87,14 +90,31 @@ class FasterRCNN(nn.Module):
     def _losses(
         self, encoded: Encoded, proposals: Sequence[Tensor], targets: Sequence[Target], *, across_processes: bool
     ) -> dict[str, Tensor]:
+        generators = self.generators(targets, encoded)
+        losses = self.rpn_losses(encoded, targets, generators, across_processes=across_processes)
+        return losses | self.region_losses(encoded, proposals, targets, generators, across_processes=across_processes)
+
+    def rpn_losses(
+        self, encoded: Encoded, targets: Sequence[Target], generators: Generators, *, across_processes: bool
+    ) -> dict[str, Tensor]:
+        """rpn_objectness and rpn_box."""
+        return self.rpn.losses(encoded.features, encoded.predictions, targets, generators=generators, across_processes=across_processes)
+
+    def region_losses(
+        self, encoded: Encoded, proposals: Sequence[Tensor], targets: Sequence[Target], generators: Generators, *, across_processes: bool
+    ) -> dict[str, Tensor]:
+        """roi_class and roi_box (and mask) of regions sampled from the proposals."""
         features, sizes = encoded.features, encoded.sizes
-        generators = [_generator(target.seed, encoded.device) for target in targets]
-        losses = self.rpn.losses(features, encoded.predictions, targets, generators=generators, across_processes=across_processes)
         regions = self.roi_head.sample(proposals, targets, generators)
-        losses |= self.roi_head.losses(features, regions, sizes, targets=targets, across_processes=across_processes)
+        losses = self.roi_head.losses(features, regions, sizes, targets=targets, across_processes=across_processes)
         if self.mask_head is not None:
             losses |= self.mask_head.losses(features, regions, sizes, targets=targets, across_processes=across_processes)
         return losses
+
+    @staticmethod
+    def generators(targets: Sequence[Target], encoded: Encoded) -> Generators:
+        """What draws each image's anchors, and then its regions."""
+        return [_generator(target.seed, encoded.device) for target in targets]
 
     def _detections(self, encoded: Encoded, proposals: Sequence[Tensor]) -> list[Detections]:
         found = self.roi_head.detect(encoded.features, proposals, encoded.sizes)
@@ -112,7 +132,8 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator | None
     return None if seed is None else torch.Generator(device).manual_seed(seed)
 
 
-def _check_boxes(targets: Sequence[Target]) -> None:
+def check_boxes(targets: Sequence[Target]) -> None:
+    """Raises InputError for boxes without area."""
     boxes = torch.cat([target.boxes for target in targets])
     if bool((boxes[:, 2:] > boxes[:, :2]).all()):
         return

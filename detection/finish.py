@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detection.config import DetectionConfig
+from detection.config import RunConfig
 from detection.data.source import Source
 from detection.draw import draw_detections, save_image
+from detection.evaluation.report.report import report_records, run_name
 from detection.evaluation.results import Record, write_metrics, write_results
-from detection.predict import detector_metadata
 from detection.train_state import TrainState
 from detection.validate import Validator
 from resbackbone.backbone import Backbone
@@ -24,23 +24,23 @@ from resbackbone.runtime.timing import Window, peak_memory_mb
 _SPLIT_NAMES = {"data": "data_wait", "forward": "forward", "backward": "backward", "optimizer": "optimizer"}  # shares of the time
 
 
-def write_start_files(output: Path, config: DetectionConfig) -> None:
+def write_start_files(output: Path, config: RunConfig) -> None:
     """config.yaml (everything resolved) and environment.json: known before the first step, so that even a failed run explains itself."""
     save_config(config, output / "config.yaml")
     write_environment(output, seed=config.train.seed)
 
 
 def announce(
-    log: RunLog, config: DetectionConfig, state: TrainState, train: Source, val: Source, *, base_lr: float, checkpoint: Path | None
+    log: RunLog, config: RunConfig, state: TrainState, train: Source, val: Source, *, base_lr: float, checkpoint: Path | None
 ) -> None:
     """Say what is about to happen: data, learning rate as it becomes, trainable parameters, where it starts."""
     settings = config.train
-    trainable = sum(parameter.numel() for parameter in state.detector.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in state.detector.parameters())
+    trainable = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in state.model.parameters())
     log.message(f"train: {describe_split(train)}")
     log.message(f"val: {describe_split(val)}")
     log.message(f"{config.model.backbone.name} {config.model.head}: {total / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M learn")
-    report = next((module.load_report for module in state.detector.modules() if isinstance(module, Backbone)), "")
+    report = next((module.load_report for module in state.model.modules() if isinstance(module, Backbone)), "")
     if report:
         log.message(f"backbone weights {config.model.backbone.weights}: {report}")
     images = settings.batch_size * settings.accumulate
@@ -81,15 +81,19 @@ def log_step(log: RunLog, state: TrainState, losses: dict[str, Tensor], *, lr: f
     log.progress(state.step, losses=terms, images_per_s=window.images_per_s, split=window.split, memory_mb=memory_mb, eta_s=eta_s)
 
 
-def finish(state: TrainState, validator: Validator, output: Path, log: RunLog) -> Path:
-    """Write the last checkpoint, model_final.safetensors, eval/ and samples/; returns the weights' path."""
+def finish(state: TrainState, validator: Validator, output: Path, log: RunLog, *, samples: int, report: bool) -> Path:
+    """Write the last checkpoint, model_final.safetensors, eval/, samples/ and, where asked for, report/; returns the weights' path."""
     state.save()
     weights = output / "model_final.safetensors"
     if distributed.is_main():
-        save_weights(weights, state.evaluated_model.state_dict(), detector_metadata(state.config, state.classes, state.evaluated_model))
+        save_weights(weights, state.evaluated_model.state_dict(), state.metadata)
         if validator.records:  # empty where a finished run was resumed: its files are there already
             write_evaluation(output, validator.source, validator.records, state.metrics)
-            draw_samples(output / "samples", validator.source, validator.records, count=state.config.eval.samples)
+            draw_samples(output / "samples", validator.source, validator.records, count=samples)
+            if report:
+                options = {"figures": state.metrics, "engine": validator.engine}
+                page = report_records(output / "report", validator.source, validator.records, name=run_name(output), **options)
+                log.message(f"report: {page}")
         log.message(f"weights: {weights}")
     distributed.barrier()
     return weights

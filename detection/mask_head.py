@@ -1,6 +1,7 @@
-"""The mask branch (He et al. 2017, Mask R-CNN, §3 and figure 4, right): four convolutions and a deconvolution on each region.
+"""The mask branch (He et al. 2017, Mask R-CNN, §3 and figure 4): on a pyramid four convolutions and a deconvolution on each region
+(right; torchvision's layout and arithmetic); on C4 a deconvolution on what conv5_x makes of each region (left).
 
-P regions that hold an object, K foreground classes, masks of 28×28 inside their box. torchvision's layout and arithmetic.
+P regions that hold an object, K foreground classes, M × M masks inside their box: 28 × 28 on a pyramid, 14 × 14 on C4.
 """
 
 from __future__ import annotations
@@ -19,16 +20,30 @@ from detection.structures import Detections, Target
 from resbackbone.errors import InputError
 
 
+class RegionTop(nn.Module):
+    """Regions pooled and run through the conv5_x that the region head has: where C4's mask branch starts."""
+
+    def __init__(self, pooler: nn.Module, box_head: nn.Module) -> None:
+        """pooler: gives what box_head wants; box_head: (P, C, p, p) → (P, D, h, w)."""
+        super().__init__()
+        self.pooler = pooler
+        self._shared = (box_head,)  # in a tuple, since the region head owns it: its weights are saved and counted once
+
+    def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """(sum P, D, h, w) of each image's boxes (P, 4)."""
+        return self._shared[0](self.pooler(features, boxes, sizes))
+
+
 class MaskHead(nn.Module):
     """Predicts, for every class, a mask inside a region."""
 
     def __init__(self, pooler: nn.Module, in_channels: int, *, num_classes: int, width: int = 256, depth: int = 4) -> None:
-        """pooler: gives (P, in_channels, 14, 14). num_classes: K, without background."""
+        """pooler: gives (P, in_channels, M / 2, M / 2). num_classes: K, without background. depth: convolutions before the last two."""
         super().__init__()
         self.pooler = pooler
         channels = [in_channels] + [width] * depth
         self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, 3, padding=1) for c_in, c_out in pairwise(channels))
-        self.conv5_mask = nn.ConvTranspose2d(width, width, 2, 2)
+        self.conv5_mask = nn.ConvTranspose2d(channels[-1], width, 2, 2)
         self.mask_fcn_logits = nn.Conv2d(width, num_classes + 1, 1)
         for layer in (*self.convs, self.conv5_mask, self.mask_fcn_logits):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -36,7 +51,7 @@ class MaskHead(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """Mask logits (sum P, K + 1, 28, 28) of each image's boxes (P, 4)."""
+        """Mask logits (sum P, K + 1, M, M) of each image's boxes (P, 4)."""
         hidden = self.pooler(features, boxes, sizes)
         for layer in self.convs:
             hidden = F.relu(layer(hidden))
@@ -65,7 +80,7 @@ class MaskHead(nn.Module):
 
     @torch.no_grad()
     def detect(self, features: Mapping[str, Tensor], found: Sequence[Detections], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
-        """The same detections with `masks`, the probabilities (D, 28, 28) of the class each was given."""
+        """The same detections with `masks`, the probabilities (D, M, M) of the class each was given."""
         logits = self(features, [one.boxes for one in found], sizes)
         labels = torch.cat([one.labels for one in found])
         masks = logits[torch.arange(len(labels), device=labels.device), labels].float().sigmoid()

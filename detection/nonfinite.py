@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from detection.config import RunConfig
 from detection.structures import Batch, Target
 from resbackbone.errors import InputError
 from resbackbone.runtime import distributed
 from resbackbone.runtime.checkpoint import save_weights
 from resbackbone.runtime.nonfinite import NonFiniteLoss, first_nonfinite_module, write_nonfinite_report
+from resbackbone.runtime.precision import Precision
 
 if TYPE_CHECKING:
     from detection.train_state import TrainState
@@ -32,19 +35,15 @@ def stop_unless_finite(losses: dict[str, Tensor], batch: Batch, state: TrainStat
     state.save()
     folder = output / "nonfinite"
     if not finite:
-        from detection.predict import detector_metadata
-
-        save_weights(
-            folder / "model.safetensors", state.detector.state_dict(), detector_metadata(state.config, state.classes, state.detector)
-        )
+        save_weights(folder / "model.safetensors", state.model.state_dict(), state.metadata)
         write_nonfinite_report(
             output,
             step=state.step + 1,
-            losses={name: float(value) for name, value in losses.items()},
+            losses={name: float(value.detach()) for name, value in losses.items()},
             batch=_tensors(batch),
             records=[_describe(target) for target in batch.targets],
-            module=_first_bad_module(state.detector, batch, state),
-            command=f"python tools/train_det.py --replay {folder}",
+            module=_first_bad_module(state.model, batch, state),
+            command=f"python tools/{state.tool}.py --replay {folder}",
         )
     raise NonFiniteLoss(
         f"step {state.step + 1}: a loss is not finite ({_terms(losses)}); images {[target.image_id for target in batch.targets]}. "
@@ -53,37 +52,43 @@ def stop_unless_finite(losses: dict[str, Tensor], batch: Batch, state: TrainStat
     )
 
 
-def replay(folder: Path) -> str:
-    """Run the batch of a `nonfinite/` folder again and report each loss and the first module whose output is not finite."""
-    from detection.predict import config_from_weights, load_detector
-    from resbackbone.runtime.precision import Precision
+def replay(folder: Path, *, load: Callable[[Path], tuple[RunConfig, nn.Module]] | None = None) -> str:
+    """Run the batch of a `nonfinite/` folder again and report each loss and the first module whose output is not finite.
 
+    load: a weights file -> the config in it and the model on the CPU; None: a detector's.
+    """
     if not (folder / "batch.safetensors").is_file():
         raise InputError(f"{folder} is no nonfinite/ folder of a run: batch.safetensors is not in it")
     weights = folder / "model.safetensors"
-    config = config_from_weights(weights)
-    detector, _ = load_detector(config, weights, device=torch.device("cpu"))
-    detector.train()
+    config, model = (load or _load_detector)(weights)
+    model.train()
     report = json.loads((folder / "report.json").read_text())
     batch = _restore(load_file(folder / "batch.safetensors"), report["images"])
     precision = Precision("fp32" if config.train.precision == "fp16" else config.train.precision, torch.device("cpu"))
     with precision.autocast():
-        losses = detector(batch.images, batch.targets)
-        bad = first_nonfinite_module(detector, lambda: detector(batch.images, batch.targets))
+        losses = model(batch.images, batch.targets)
+        bad = first_nonfinite_module(model, lambda: model(batch.images, batch.targets))
     return f"{_terms(losses)}; first module with an output that is not finite: {bad or 'none (the loss itself)'}"
 
 
-def _first_bad_module(detector: nn.Module, batch: Batch, state: TrainState) -> str | None:
+def _load_detector(weights: Path) -> tuple[RunConfig, nn.Module]:
+    from detection.predict import config_from_weights, load_detector
+
+    config = config_from_weights(weights)
+    return config, load_detector(config, weights, device=torch.device("cpu"))[0]
+
+
+def _first_bad_module(model: nn.Module, batch: Batch, state: TrainState) -> str | None:
     with torch.no_grad(), state.precision.autocast():
-        return first_nonfinite_module(detector, lambda: detector(batch.images, batch.targets))
+        return first_nonfinite_module(model, lambda: model(batch.images, batch.targets))
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
     tensors = {f"image.{i}": image for i, image in enumerate(batch.images)}
     for i, target in enumerate(batch.targets):
         tensors |= {f"boxes.{i}": target.boxes, f"labels.{i}": target.labels, f"ignore_boxes.{i}": target.ignore_boxes}
-        if target.masks is not None:
-            tensors[f"masks.{i}"] = target.masks
+        optional = {"masks": target.masks, "label_map": target.label_map}
+        tensors |= {f"{name}.{i}": value for name, value in optional.items() if value is not None}
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
@@ -105,6 +110,7 @@ def _restore(tensors: dict[str, Tensor], records: list[dict]) -> Batch:
             labels=tensors[f"labels.{i}"],
             ignore_boxes=tensors[f"ignore_boxes.{i}"],
             masks=tensors.get(f"masks.{i}"),
+            label_map=tensors.get(f"label_map.{i}"),
             image_id=record["image_id"],
             index=record["index"],
             seed=record["seed"],
@@ -116,4 +122,4 @@ def _restore(tensors: dict[str, Tensor], records: list[dict]) -> Batch:
 
 
 def _terms(losses: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
+    return ", ".join(f"{name} {float(value.detach()):g}" for name, value in losses.items())

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection.build import build_detector
-from detection.config import DetectionConfig, chosen_device, load_detection_config, parse_detection_config
+from detection.build import build_detector, chosen_steps
+from detection.config import DetectionConfig, RunConfig, chosen_device, load_detection_config, parse_detection_config
 from detection.data.images import resize_image, resized_size
+from detection.ensemble import Ensemble
 from detection.faster_rcnn import FasterRCNN
 from detection.structures import Detections
 from resbackbone.backbone import Preprocessing
@@ -51,8 +52,11 @@ class DetectorFile:
     preprocessing: Preprocessing | None
 
 
-def read_detector_file(path: Path) -> DetectorFile:
-    """Read model_final.safetensors or a checkpoint (its folder or its state.pt); InputError when it is something else."""
+def read_detector_file(path: Path, *, expected: str = FORMAT) -> DetectorFile:
+    """Read model_final.safetensors or a checkpoint (its folder or its state.pt); InputError when it is something else.
+
+    expected: the format its metadata must name; a segmenter's file is read by this as well.
+    """
     path = Path(path)
     if path.is_dir() or path.suffix == ".pt":
         saved = load_checkpoint(path)
@@ -61,10 +65,10 @@ def read_detector_file(path: Path) -> DetectorFile:
             tensors = {name.removeprefix("module."): value for name, value in saved["ema"].items() if name != "n_averaged"}
         return DetectorFile(path=path, tensors=tensors, config=saved["config"], classes=tuple(saved["classes"]), preprocessing=None)
     tensors, metadata = read_state_dict(path)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != expected:
         raise InputError(
-            f"{path} holds no detector of ours (its metadata lacks format={FORMAT}); give a run's model_final.safetensors or a folder "
-            "below its checkpoints/. Backbone weights belong into model.backbone.weights"
+            f"{path} holds no {expected.split('-')[1]} of ours (its metadata lacks format={expected}); give a run's "
+            "model_final.safetensors or a folder below its checkpoints/. Backbone weights belong into model.backbone.weights"
         )
     values: dict[str, Any] = json.loads(metadata["preprocessing"])
     values |= {name: tuple(values[name]) for name in ("mean", "std")}
@@ -87,33 +91,79 @@ def resolve_config(path: Path | None, weights: Path, overrides: Sequence[str] = 
     return config_from_weights(weights, overrides) if path is None else load_detection_config(path, overrides)
 
 
+def resolve_configs(path: Path | None, weights: Sequence[Path], overrides: Sequence[str] = ()) -> list[DetectionConfig]:
+    """The config of each weights file, as `resolve_config` finds it; several files are an ensemble, whose members carry their own."""
+    if path is not None and len(weights) > 1:
+        raise InputError(
+            f"--config {path} cannot describe {len(weights)} detectors; leave it out: each weights file carries its own config"
+        )
+    return [resolve_config(path, one, overrides) for one in weights]
+
+
 def load_detector(config: DetectionConfig, weights: Path, *, device: torch.device) -> tuple[FasterRCNN, tuple[str, ...]]:
     """The detector `config` describes with the weights of `weights`, in eval mode on `device`, and its class names.
 
     Raises InputError when the file belongs to another architecture, naming the first tensors that differ.
     """
     file = read_detector_file(weights)
+    _check_context(config, file)
     detector = build_detector(config, len(file.classes), initial_weights=False, preprocessing=file.preprocessing)
-    ours = detector.state_dict()
-    missing, unexpected = sorted(ours.keys() - file.tensors.keys()), sorted(file.tensors.keys() - ours.keys())
-    shapes = [name for name in ours.keys() & file.tensors.keys() if ours[name].shape != file.tensors[name].shape]
-    if missing or unexpected or shapes:
-        raise InputError(
-            f"{weights} belongs to another architecture than the config's ({config.model.backbone.name}, head {config.model.head}): "
-            f"{len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape "
-            f"{sorted(shapes)[:3]}. Leave --config out: the file carries its own"
-        )
-    detector.load_state_dict(file.tensors)
+    load_strictly(detector, file, config)
     detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return detector.eval(), file.classes
 
 
-class Predictor:
-    """A trained detector for single images."""
+def load_strictly(model: torch.nn.Module, file: DetectorFile, config: RunConfig) -> None:
+    """Put a file's tensors into the model that `config` describes; InputError names the first ones that don't fit."""
+    ours = model.state_dict()
+    missing, unexpected = sorted(ours.keys() - file.tensors.keys()), sorted(file.tensors.keys() - ours.keys())
+    shapes = [name for name in ours.keys() & file.tensors.keys() if ours[name].shape != file.tensors[name].shape]
+    if missing or unexpected or shapes:
+        raise InputError(
+            f"{file.path} belongs to another architecture than the config's ({config.model.backbone.name}, head {config.model.head}): "
+            f"{len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape "
+            f"{sorted(shapes)[:3]}. Leave --config out: the file carries its own"
+        )
+    model.load_state_dict(file.tensors)
 
-    def __init__(self, config: DetectionConfig, weights: Path) -> None:
+
+def _check_context(config: DetectionConfig, file: DetectorFile) -> None:
+    trained = parse_detection_config(file.config, source=f"the config inside {file.path}").model.test.context
+    if config.model.test.context != trained:
+        raise InputError(
+            f"model.test.context={str(not trained).lower()}, but {file.path} was trained with {str(trained).lower()}: context is a part of the "
+            "network; leave it as it is, or train a detector with it"
+        )
+
+
+def load_detectors(
+    configs: Sequence[DetectionConfig], weights: Sequence[Path], *, device: torch.device
+) -> tuple[FasterRCNN | Ensemble, tuple[str, ...]]:
+    """The detector of a weights file, or the ensemble of several, with the steps of the first's config; and their class names.
+
+    Raises InputError where the members don't have the same classes in the same order.
+    """
+    loaded = [load_detector(config, path, device=device) for config, path in zip(configs, weights, strict=True)]
+    (first, classes), others = loaded[0], loaded[1:]
+    if not others:
+        return first, classes
+    for path, (_, theirs) in zip(weights[1:], others, strict=True):
+        if theirs != classes:
+            raise InputError(
+                f"an ensemble needs the same classes in the same order: {weights[0]} knows {len(classes)} ({', '.join(classes[:4])} …), "
+                f"{path} knows {len(theirs)} ({', '.join(theirs[:4])} …)"
+            )
+    return Ensemble([detector for detector, _ in loaded], steps=chosen_steps(configs[0])).eval(), classes
+
+
+class Predictor:
+    """A trained detector, or an ensemble, for single images; the first config says at which size they look."""
+
+    def __init__(self, configs: DetectionConfig | Sequence[DetectionConfig], weights: Path | Sequence[Path]) -> None:
+        config, *_ = configs = [configs] if isinstance(configs, DetectionConfig) else list(configs)
+        paths = [weights] if isinstance(weights, Path) else list(weights)
         self.device = distributed.setup(chosen_device(config)).device
-        self.detector, self.classes = load_detector(config, weights, device=self.device)
+        self.detector, self.classes = load_detectors(configs, paths, device=self.device)
         self.min_size, self.max_size = config.data.min_size[-1], config.data.max_size
         self.precision = Precision(config.train.precision, self.device)
 

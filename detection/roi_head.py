@@ -6,7 +6,7 @@ only what is used is computed: deltas are encoded for positives, decoded for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,9 @@ from detection.matching import assign, balanced_sample
 from detection.structures import Detections, Target
 
 MIN_SIDE_PX = 1e-2  # detections thinner than this are nothing
+
+Pool = Callable[[Sequence[Tensor]], Tensor]  # an (R, 4) an image → (sum R, C, P, P), from features it knows of
+Scored = tuple[Tensor, Tensor]  # of the regions of one image: probabilities (R, K + 1) and deltas (R, 4 · (K + 1))
 
 
 class Pooler(Protocol):
@@ -97,10 +100,20 @@ class RoIHead(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Class logits (sum R, K + 1) and deltas (sum R, 4 · (K + 1)) of each image's boxes (R, 4)."""
-        hidden = self.box_head(self.pooler(features, boxes, sizes))
-        if hidden.dim() == 4:
-            hidden = hidden.mean(dim=(2, 3))  # He et al. 2015: global average pooling after conv5_x
+        return self._predict(self.pool_from(features, sizes), boxes, sizes)
+
+    def _predict(self, pool: Pool, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        hidden = self.describe(pool, boxes, sizes)
         return self.cls_score(hidden), self.bbox_pred(hidden)
+
+    def describe(self, pool: Pool, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """(sum R, D): what the class and box layers see of each region. context.py adds what the whole image says."""
+        hidden = self.box_head(pool(boxes))
+        return hidden.mean(dim=(2, 3)) if hidden.dim() == 4 else hidden  # He et al. 2015: global average pooling after conv5_x
+
+    def pool_from(self, features: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]) -> Pool:
+        """The pooler, given these features."""
+        return lambda boxes: self.pooler(features, boxes, sizes)
 
     @torch.no_grad()
     def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target], generators: Sequence[torch.Generator | None]) -> list[Regions]:
@@ -135,20 +148,32 @@ class RoIHead(nn.Module):
     @torch.no_grad()
     def detect(self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """Each image's detections, best first: threshold, decode, clip, drop slivers, NMS inside each class, the best `detections`."""
-        passes = [self(features, part, sizes) for part in _passes(proposals, self.regions_per_pass)]
-        counts = [len(boxes) for boxes in proposals]
+        scored = self.score(self.pool_from(features, sizes), proposals, sizes)
+        return [self.best(self.candidates(*one)) for one in zip(scored, proposals, sizes, strict=True)]
+
+    @torch.no_grad()
+    def score(self, pool: Pool, regions: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Scored]:
+        """What the head says of each image's regions (R, 4), a limited number at a time."""
+        passes = [self._predict(pool, part, sizes) for part in _passes(regions, self.regions_per_pass)]
+        counts = [len(boxes) for boxes in regions]
         scores = torch.cat([logits for logits, _ in passes]).float().softmax(dim=1).split(counts)
         deltas = torch.cat([deltas for _, deltas in passes]).split(counts)
-        return [self._detections(*one) for one in zip(scores, deltas, proposals, sizes, strict=True)]
+        return list(zip(scores, deltas, strict=True))
 
-    def _detections(self, scores: Tensor, deltas: Tensor, proposals: Tensor, size: tuple[int, int]) -> Detections:
+    def candidates(self, scored: Scored, regions: Tensor, size: tuple[int, int]) -> Detections:
+        """Every box of one image that scores above the threshold for its class, before NMS, clipped to the image of `size`."""
+        scores, deltas = scored
         region, label = torch.nonzero(scores[:, 1:] > self.score_threshold).unbind(1)
         label = label + 1
         chosen = deltas.unflatten(1, (-1, 4))[region, label]
-        boxes = clip_to_image(decode(chosen, proposals[region], REGION_WEIGHTS), size)
+        boxes = clip_to_image(decode(chosen, regions[region], REGION_WEIGHTS), size)
         found = Detections(boxes=boxes, scores=scores[region, label], labels=label)
-        found = found[torch.nonzero(is_large(boxes, MIN_SIDE_PX)).flatten()]
-        return found[batched_nms(found.boxes, found.scores, found.labels, self.nms_iou)[: self.detections]]
+        return found[torch.nonzero(is_large(boxes, MIN_SIDE_PX)).flatten()]
+
+    def best(self, candidates: Detections) -> Detections:
+        """The best `detections` of them, after NMS inside each class."""
+        keep = batched_nms(candidates.boxes, candidates.scores, candidates.labels, self.nms_iou)
+        return candidates[keep[: self.detections]]
 
 
 def _wanted_deltas(regions: Regions, target: Target) -> Tensor:

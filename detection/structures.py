@@ -6,10 +6,13 @@ pixel covers [x, x + 1), so that width = x2 - x1. Labels run from 1 to K; 0 is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+TENSORS = ("boxes", "labels", "ignore_boxes", "masks", "label_map")  # of a target
 
 
 @dataclass(kw_only=True)
@@ -18,7 +21,7 @@ class Target:
 
     boxes: (G, 4); labels: (G,) int64 in 1..K; ignore_boxes: (I, 4), crowd or difficult regions, neither object nor background;
     masks: (G, h, w) uint8 or None; original_size: (height, width) of the upright image on disk; seed drives the sampling of this
-    image's anchors and regions (None: torch's global generator).
+    image's anchors and regions (None: torch's global generator); label_map: (H, W) uint8, each pixel's class, for segmentation, or None.
     """
 
     boxes: Tensor
@@ -29,24 +32,23 @@ class Target:
     original_size: tuple[int, int]
     seed: int | None = None
     masks: Tensor | None = None
+    label_map: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         """The same target with its tensors on `device`."""
-        names = ("boxes", "labels", "ignore_boxes", "masks")
-        tensors = {name: value for name in names if (value := getattr(self, name)) is not None}
+        tensors = {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
         return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
 
     def pin_memory(self) -> Target:
         """The same target in page-locked memory; torch's DataLoader calls this by name."""
-        names = ("boxes", "labels", "ignore_boxes", "masks")
-        return replace(self, **{name: value.pin_memory() for name in names if (value := getattr(self, name)) is not None})
+        return replace(self, **{name: value.pin_memory() for name in TENSORS if (value := getattr(self, name)) is not None})
 
 
 @dataclass(kw_only=True)
 class Detections:
     """What the detector found in one image, best score first.
 
-    boxes: (D, 4); scores: (D,) in 0..1; labels: (D,) int64 in 1..K; masks: (D, 28, 28) probabilities inside each box, or None.
+    boxes: (D, 4); scores: (D,) in 0..1; labels: (D,) int64 in 1..K; masks: (D, M, M) probabilities inside each box, or None.
     """
 
     boxes: Tensor
@@ -70,6 +72,15 @@ class Detections:
         """The same detections with their tensors on `device`."""
         masks = None if self.masks is None else self.masks.to(device)
         return Detections(boxes=self.boxes.to(device), scores=self.scores.to(device), labels=self.labels.to(device), masks=masks)
+
+
+def together(parts: Sequence[Detections]) -> Detections:
+    """The detections (without masks) of one or more lists about one image as one list, in no order."""
+    return Detections(
+        boxes=torch.cat([part.boxes for part in parts]),
+        scores=torch.cat([part.scores for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+    )
 
 
 @dataclass(kw_only=True)

@@ -6,8 +6,10 @@ To the loss from here: config.py builds the detector, faster_rcnn.py tells its s
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,11 @@ from detection.build import build_detector, resolved_config
 from detection.config import DetectionConfig, chosen_device, load_split, train_loader
 from detection.data.loader import BatchLoader
 from detection.data.source import check_same_classes
+from detection.faster_rcnn import FasterRCNN
 from detection.finish import announce, finish, log_step, write_start_files
 from detection.nonfinite import stop_unless_finite
+from detection.out_of_memory import explain_out_of_memory
+from detection.predict import detector_metadata
 from detection.train_state import TrainState
 from detection.validate import Validator
 from resbackbone.runtime import distributed
@@ -41,10 +46,21 @@ class TrainResult:
     output: Path
 
 
-def train(config: DetectionConfig, output: Path, *, resume: str | None = None) -> TrainResult:
+class Judge(Protocol):
+    """What evaluates a model while it is trained; `primary` names the figure that counts."""
+
+    primary: str
+
+    def evaluate(self, model: nn.Module, /) -> dict[str, float]: ...
+
+
+def train(
+    config: DetectionConfig, output: Path, *, resume: str | None = None, prepare: Callable[[FasterRCNN], FasterRCNN] | None = None
+) -> TrainResult:
     """Train as `config` says, evaluating on the way; every file of the run goes into `output`.
 
-    resume: None, "auto" (the newest checkpoint that is whole, if any) or the path of a checkpoint. Raises InputError for wrong
+    resume: None, "auto" (the newest checkpoint that is whole, if any) or the path of a checkpoint. prepare: what becomes of the new
+    detector before it learns (alternating.py); None: nothing, all of it learns jointly. Raises InputError for wrong
     input before the first step, NonFiniteLoss when a loss is nan or infinite, Interrupted after SIGTERM, SIGUSR1 or SIGINT.
     """
     with SignalGuard() as signals:
@@ -53,17 +69,24 @@ def train(config: DetectionConfig, output: Path, *, resume: str | None = None) -
             if process.is_main:
                 prepare_output(output, resume=resume)
             distributed.barrier()
-            return _run(config, output, resume, process, signals)
+            return _run(config, output, resume, prepare or (lambda detector: detector), process, signals)
         finally:
             distributed.shutdown()
 
 
-def _run(config: DetectionConfig, output: Path, resume: str | None, process: distributed.Process, signals: SignalGuard) -> TrainResult:
+def _run(
+    config: DetectionConfig,
+    output: Path,
+    resume: str | None,
+    prepare: Callable[[FasterRCNN], FasterRCNN],
+    process: distributed.Process,
+    signals: SignalGuard,
+) -> TrainResult:
     settings = config.train
     seed_everything(settings.seed)
     train_source, val_source = load_split(config, "train"), load_split(config, "val")
     check_same_classes(train_source, val_source)
-    detector = build_detector(config, len(train_source.annotations.classes)).to(process.device)
+    detector = prepare(build_detector(config, len(train_source.annotations.classes)).to(process.device))
     config = resolved_config(config, detector)
     if settings.channels_last:
         detector = detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -77,18 +100,20 @@ def _run(config: DetectionConfig, output: Path, resume: str | None, process: dis
         sampler=sampler,
         folder=output / "checkpoints",
         classes=train_source.annotations.classes,
+        metadata=detector_metadata(config, train_source.annotations.classes, detector),
+        tool="train_det",
     )
     checkpoint = resolve_resume(resume, output / "checkpoints")
     if checkpoint is not None:
         state.restore(load_checkpoint(checkpoint), checkpoint)
     validator = Validator(config, val_source, process=process, precision=state.precision, signals=signals)
-    log = RunLog(output, total_steps=settings.steps, main=process.is_main, resume_step=state.step)
+    log = RunLog(output, total_steps=settings.steps, main=process.is_main, resume_step=state.step, evaluated_step=state.evaluated_step)
     with contextlib.closing(log):
         if process.is_main:
             write_start_files(output, config)
         announce(log, config, state, train_source, val_source, base_lr=base_lr, checkpoint=checkpoint)
         try:
-            timer = _loop(state, loader, validator, log, signals, process, base_lr=base_lr, output=output)
+            timer = run_loop(state, loader, validator, log, signals, process, base_lr=base_lr, output=output)
         except Interrupted:
             state.save()
             log.message(f"stopped by a signal at step {state.step}; `--resume auto` goes on from its checkpoint")
@@ -96,13 +121,14 @@ def _run(config: DetectionConfig, output: Path, resume: str | None, process: dis
         if unreadable := loader.unreadable_images():
             log.message(f"{len(unreadable)} training images could not be read and others took their place; tools/check_data.py names them")
         log.message(bottleneck_sentence(timer.total(), workers=config.data.workers, device=process.device.type))
-        return TrainResult(metrics=state.metrics, primary=validator.primary, weights=finish(state, validator, output, log), output=output)
+        weights = finish(state, validator, output, log, samples=config.eval.samples, report=config.eval.report)
+        return TrainResult(metrics=state.metrics, primary=validator.primary, weights=weights, output=output)
 
 
-def _loop(
+def run_loop(
     state: TrainState,
     loader: BatchLoader,
-    validator: Validator,
+    validator: Judge,
     log: RunLog,
     signals: SignalGuard,
     process: distributed.Process,
@@ -110,11 +136,14 @@ def _loop(
     base_lr: float,
     output: Path,
 ) -> StepTimer:
-    """One optimiser step a turn: data, forward, backward, optimiser; then log, evaluate, save, as the step number says."""
+    """One optimiser step a turn: data, forward, backward, optimiser; then log, evaluate, save, as the step number says.
+
+    A segmenter is trained by the same loop: a model is called with images and targets and gives its losses by name.
+    """
     settings, device, precision = state.config.train, process.device, state.precision
-    model = _parallel(state.detector, process)
+    model = _parallel(state.model, process)
     if settings.compile:
-        state.detector.get_submodule("backbone").compile()
+        state.model.get_submodule("backbone").compile()
     timer, batches = StepTimer(device), iter(loader)
     while True:
         if state.is_evaluation_due:
@@ -134,7 +163,7 @@ def _loop(
             is_last = turn + 1 == settings.accumulate
             with timer.part("data"):
                 batch = next(batches).to(device)
-            with contextlib.nullcontext() if is_last else _without_sync(model):
+            with contextlib.nullcontext() if is_last else _without_sync(model), explain_out_of_memory(batch, settings):
                 with timer.part("forward"), precision.autocast():
                     losses: dict[str, Tensor] = model(batch.images, batch.targets)
                     loss = torch.stack(list(losses.values())).sum() / settings.accumulate
@@ -157,9 +186,9 @@ def _without_sync(model: nn.Module) -> contextlib.AbstractContextManager[object]
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
 
 
-def _parallel(detector: nn.Module, process: distributed.Process) -> nn.Module:
-    """The detector, wrapped in DistributedDataParallel where there are several processes."""
+def _parallel(model: nn.Module, process: distributed.Process) -> nn.Module:
+    """The model, wrapped in DistributedDataParallel where there are several processes."""
     if process.world_size == 1:
-        return detector
+        return model
     device_ids = [process.local_rank] if process.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(detector, device_ids=device_ids, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from detection.config import DetectionConfig, changed_settings, parse_detection_config
+from detection.config import RunConfig, changed_settings
 from resbackbone.errors import InputError
 from resbackbone.runtime import distributed
 from resbackbone.runtime.checkpoint import mark_best, save_checkpoint
-from resbackbone.runtime.config import dump_config
+from resbackbone.runtime.config import dump_config, load_config_text
 from resbackbone.runtime.ema import build_ema
 from resbackbone.runtime.precision import Precision
 from resbackbone.runtime.random_state import capture_random_states, restore_random_states
@@ -28,18 +28,21 @@ class TrainState:
 
     def __init__(
         self,
-        config: DetectionConfig,
-        detector: nn.Module,
+        config: RunConfig,
+        model: nn.Module,
         *,
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         sampler: ResumableBatchSampler,
         folder: Path,
         classes: tuple[str, ...],
+        metadata: dict[str, str],
+        tool: str,
     ) -> None:
-        self.config, self.detector, self.optimizer, self.precision, self.sampler = config, detector, optimizer, precision, sampler
-        self.folder, self.classes = folder, classes
-        self.ema = build_ema(detector, config.train.ema) if config.train.ema else None
+        """metadata: what travels with the weights; tool: the one that trains, for the messages that name it."""
+        self.config, self.model, self.optimizer, self.precision, self.sampler = config, model, optimizer, precision, sampler
+        self.folder, self.classes, self.metadata, self.tool = folder, classes, metadata, tool
+        self.ema = build_ema(model, config.train.ema) if config.train.ema else None
         self.step = 0
         self.evaluated_step = 0  # so that an evaluation a signal cut short is made up for
         self.best: float | None = None
@@ -50,7 +53,7 @@ class TrainState:
     @property
     def evaluated_model(self) -> nn.Module:
         """The weights that are judged and delivered: the moving average where there is one."""
-        return self.detector if self.ema is None else self.ema.module
+        return self.model if self.ema is None else self.ema.module
 
     @property
     def is_evaluation_due(self) -> bool:
@@ -71,12 +74,12 @@ class TrainState:
         scaler, settings = self.precision.scaler, self.config.train
         if settings.clip_norm is not None:
             scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.detector.parameters(), settings.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update_parameters(self.detector)
+            self.ema.update_parameters(self.model)
         self.step += 1
         self.sampler.advance(settings.accumulate)
 
@@ -101,7 +104,7 @@ class TrainState:
     def _state_dict(self, random_states: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "step": self.step,
-            "model": self.detector.state_dict(),
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -124,11 +127,11 @@ class TrainState:
         if tuple(saved["classes"]) != self.classes:
             raise InputError(f"{source} was trained on other classes ({_few(saved['classes'])}) than this data has ({_few(self.classes)})")
         try:
-            self.detector.load_state_dict(saved["model"], strict=True)
+            self.model.load_state_dict(saved["model"], strict=True)
         except RuntimeError as error:
             first = str(error).splitlines()[:4]
-            raise InputError(f"{source} belongs to another detector than this config describes: {' '.join(first)}") from error
-        self.changed_settings = changed_settings(parse_detection_config(saved["config"], source=str(source)), self.config)
+            raise InputError(f"{source} belongs to another model than this config describes: {' '.join(first)}") from error
+        self.changed_settings = changed_settings(load_config_text(type(self.config), saved["config"], source=str(source)), self.config)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.precision.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None and saved["ema"] is not None:

@@ -11,6 +11,7 @@ from torch import nn
 from detection.config import DetectionConfig, eval_loader
 from detection.data.loader import BatchLoader
 from detection.data.source import Source
+from detection.ensemble import Ensemble
 from detection.evaluation.evaluate import evaluate_source, primary_metric
 from detection.evaluation.results import Record, encode_masks, merge_records
 from detection.faster_rcnn import FasterRCNN
@@ -43,7 +44,7 @@ class Validator:
 
     @torch.no_grad()
     def _run(self, detector: nn.Module, with_loss: bool) -> tuple[list[Record], list[dict[str, float]]]:
-        assert isinstance(detector, FasterRCNN)
+        assert isinstance(detector, FasterRCNN) or (isinstance(detector, Ensemble) and not with_loss)
         was_training = detector.training
         detector.eval()
         records: list[Record] = []
@@ -58,7 +59,7 @@ class Validator:
                     continue
                 batch = batch.to(self.process.device)
                 with self.precision.autocast():
-                    if with_loss:
+                    if with_loss and isinstance(detector, FasterRCNN):
                         batch_losses, found = detector.validate(batch.images, batch.targets)
                         losses.append({name: value.item() for name, value in batch_losses.items()} | {"images": float(len(batch))})
                     else:

@@ -13,6 +13,7 @@ import torch
 
 from detection.build import build_detector
 from detection.config import DetectionConfig, load_detection_config
+from detection.segmentation.config import SegmentationConfig, load_segmentation_config
 from detection.structures import Target
 from resbackbone.errors import InputError
 from resbackbone.runtime.config import save_config
@@ -22,10 +23,19 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 PROMISED = [
     *(f"frcnn_{net}_{data}" for net in ("r18", "r50", "r101", "vgg16") for data in ("coco", "voc")),
     *(f"frcnn_{net}_fpn_{data}" for net in ("r18", "r50", "r101") for data in ("coco", "voc")),
+    *("deeplabv3_r50_coco", "fcn_r50_coco", "deeplabv3_r18_pennfudan"),
     *("mask_r50_fpn_coco", "frcnn_r18_fpn_pennfudan", "demo_shapes"),
 ]
 NETWORKS = {"r18": "resnet18", "r50": "resnet50", "r101": "resnet101", "vgg16": "vgg16"}
 FROM_SCRATCH = ["model.backbone.weights=null", "model.backbone.norm=group"]
+
+
+def is_segmenter(path: Path) -> bool:
+    return path.stem.startswith(("fcn_", "deeplabv3_"))
+
+
+def load(path: Path, overrides: list[str] | None = None) -> DetectionConfig | SegmentationConfig:
+    return (load_segmentation_config if is_segmenter(path) else load_detection_config)(path, overrides or [])
 
 
 def header_of(path: Path) -> str:
@@ -38,7 +48,7 @@ def header_of(path: Path) -> str:
 def header_faults(path: Path) -> list[str]:
     header = header_of(path)
     faults = []
-    if f"python tools/train_det.py --config configs/{path.name}" not in header:
+    if f"python tools/{'train_seg' if is_segmenter(path) else 'train_det'}.py --config configs/{path.name}" not in header:
         faults.append("its command is missing")
     if len(re.split(r"python tools/", header)[0].split()) < 8:
         faults.append("what it is for is missing")
@@ -66,11 +76,14 @@ def test_promised_configs_are_here() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_loads_and_explains_itself(path: Path) -> None:
-    config = load_detection_config(path)
+    config = load(path)
     assert header_faults(path) == []
     assert "_base_" not in path.read_text(), "a config is whole"
     assert len(path.read_text().splitlines()) <= 40, "and short"
+    if isinstance(config, SegmentationConfig):
+        assert (config.model.head, NETWORKS[path.stem.split("_")[1]]) == (path.stem.split("_")[0], config.model.backbone.name)
     if path.stem.startswith("frcnn"):
+        assert isinstance(config, DetectionConfig)
         assert config.model.backbone.name == NETWORKS[path.stem.split("_")[1]]
         assert config.model.head == ("fpn" if "_fpn" in path.stem else "c4")
         assert config.model.mask is False
@@ -80,9 +93,9 @@ def test_config_loads_and_explains_itself(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_resolved_config_repeats_the_run(path: Path, tmp_path: Path) -> None:
-    config = load_detection_config(path, ["train.seed=7"])
-    save_config(config, tmp_path / "config.yaml")
-    assert load_detection_config(tmp_path / "config.yaml") == config
+    config = load(path, ["train.seed=7"])
+    save_config(config, tmp_path / path.name)
+    assert load(tmp_path / path.name) == config
 
 
 @pytest.mark.parametrize(
@@ -143,9 +156,10 @@ def test_voc_years_are_chosen_from_the_command_line() -> None:
     assert (one.data.train, one.data.val, Path(one.data.root or "")) == (("VOC2012/trainval",), ("VOC2012/test",), Path("elsewhere"))
 
 
-def test_masks_need_a_pyramid() -> None:
-    with pytest.raises(InputError, match="fpn"):
-        load_detection_config(REPOSITORY / "configs" / "frcnn_r50_coco.yaml", ["model.mask=true"])
+@pytest.mark.parametrize("head", ["c4", "dc5", "fpn"])
+def test_masks_go_with_every_head(head: str) -> None:
+    given = ["model.mask=true", f"model.head={head}"]
+    assert load_detection_config(REPOSITORY / "configs" / "frcnn_r50_coco.yaml", given).model.mask
 
 
 @pytest.mark.parametrize("name", ["demo_shapes", "frcnn_r18_voc", "frcnn_r18_fpn_coco", "frcnn_vgg16_voc", "mask_r50_fpn_coco"])

@@ -78,7 +78,7 @@ def _run(config: SegmentationConfig, output: Path, resume: str | None, process: 
     if checkpoint is not None:
         state.restore(load_checkpoint(checkpoint), checkpoint)
     validator = SegmentationValidator(config, val_source, process=process, precision=state.precision, signals=signals)
-    log = RunLog(output, total_steps=settings.steps, main=process.is_main, resume_step=state.step)
+    log = RunLog(output, total_steps=settings.steps, main=process.is_main, resume_step=state.step, evaluated_step=state.evaluated_step)
     with contextlib.closing(log):
         if process.is_main:
             write_start_files(output, config)

@@ -17,6 +17,7 @@ from detection.inputs import expand
 from detection.predict import Predictor, detector_metadata, resolve_config
 from resbackbone.errors import InputError
 from resbackbone.runtime.checkpoint import save_weights
+from tools.detect import parse
 
 TINY = [
     "model.head=fpn",
@@ -106,3 +107,9 @@ def test_backbone_weights_are_no_detector(tmp_path: Path) -> None:
     save_weights(path, {"conv1.weight": torch.zeros(2)}, {})
     with pytest.raises(InputError, match="no detector"):
         resolve_config(None, path)
+
+
+def test_precision_is_one_setting_more() -> None:
+    args = parse(["--weights", "w.safetensors", "a.jpg", "--precision", "fp32", "data.min_size=[64]"])
+    assert args.overrides == ["data.min_size=[64]", "train.precision=fp32"]
+    assert args.inputs == ["a.jpg"]

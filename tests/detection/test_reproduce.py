@@ -1,0 +1,156 @@
+"""The paper's tables beside ours: what is printed without any data, what --run runs, and that every command would be accepted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from detection.config import load_detection_config
+from detection.paper_tables import DATA, JOBS, TABLES
+from detection.reproduce import Places, jobs_of, reproduce, run_tool
+from resbackbone.classification.config import load_classification_config
+from resbackbone.errors import InputError
+from tools import reproduce as tool
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    return Places(data=tmp_path / "data", results=tmp_path / "results")
+
+
+def have_data(places: Places, *keys: str) -> None:
+    for key in keys:
+        for name in DATA[key].files:
+            path = places.data / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+
+def finish(places: Places, job: str, figures: dict) -> None:
+    places.metrics(job).parent.mkdir(parents=True)
+    places.metrics(job).write_text(json.dumps(figures))
+
+
+def test_table_8_without_coco_says_what_is_missing_and_exits_cleanly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert tool.main(["table8", "--results", str(tmp_path / "none"), "--data", str(tmp_path / "data")]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith(("VGG", "ResNet"))}
+    assert rows == {"VGG-16": ["41.5", "-", "21.2", "-"], "ResNet-101": ["48.4", "-", "27.2", "-"]}
+    assert "coco_resnet101: python tools/train_det.py --config configs/frcnn_r101_coco.yaml" in printed
+    assert "instances_train2014.json and 3 more" in printed
+    assert "cocodataset.org" in printed
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_prints_all_its_figures(name: str, places: Places) -> None:
+    text, table = reproduce(name, places), TABLES[name]
+    assert f"Table {name.removeprefix('table')}:" in text
+    for label, cells in table.rows.items():
+        assert len(cells) == len(table.columns)
+        (line,) = [
+            line for line in text.splitlines() if line.startswith(label + " " * 2) and line[len(label) :].split()[0][0] in "-0123456789"
+        ]
+        shown = line[len(label) :].split()[::2]
+        assert shown == [
+            "-" if cell.paper is None else f"{cell.paper:g}" if "." in f"{cell.paper:g}" else f"{cell.paper:.1f}" for cell in cells
+        ]
+
+
+def test_figures_of_one_table_agree_with_each_other() -> None:
+    rows = TABLES["table10"].rows
+    classes = [cells[0].paper for label, cells in rows.items() if label.startswith("  ")]
+    assert len(classes) == 20
+    assert statistics.mean(classes) == pytest.approx(rows["baseline ResNet-101, 07+12"][0].paper, abs=0.05)
+    for label in ("VGG-16", "ResNet-101"):
+        ladder = TABLES["table9"].rows[f"baseline ({label})"]
+        assert [cell.paper for cell in ladder[:2]] == [cell.paper for cell in TABLES["table8"].rows[label]]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_command_would_be_accepted(job: str, places: Places) -> None:
+    words = places.command(job)
+    assert (REPOSITORY / words[0]).is_file()
+    args = importlib.import_module(f"tools.{Path(words[0]).stem}").parse(words[1:])
+    assert args.output == places.results / job
+    load = load_classification_config if JOBS[job].tool.endswith("cls") else load_detection_config
+    config = None if args.config is None else REPOSITORY / args.config
+    load(config, args.overrides)
+    assert "{" not in " ".join(word for word in words if "options" not in word)
+
+
+def test_ours_stands_beside_the_papers(places: Places) -> None:
+    finish(
+        places,
+        "voc_resnet101",
+        {"mAP_11_point": 0.7512, "VOC_11_point/cat": 0.881, **{f"VOC_11_point/{n}": 0.5 for n in _classes() if n != "cat"}},
+    )
+    finish(places, "cifar_resnet56", {"top1": 0.9312})
+    finish(places, "imagenet_resnet50_10crop", {"10crop": {"top1": 0.77, "top5": 0.9333}})
+    assert "baseline ResNet-101, 07+12" in reproduce("table10", places)
+    lines = "\n".join(reproduce(name, places) for name in ("table10", "table6", "table3")).splitlines()
+    found = {line.strip().split("  ")[0]: line.split()[-2:] for line in lines if line and line.split()[-1].replace(".", "").isdigit()}
+    assert found["baseline ResNet-101, 07+12"] == ["76.4", "75.12"]
+    assert found["cat"] == ["89.8", "88.1"]
+    assert found["ResNet-56"] == ["6.97", "6.88"]
+    assert found["ResNet-50"] == ["6.71", "6.67"]
+
+
+def _classes() -> list[str]:
+    return [label.strip() for label in TABLES["table10"].rows if label.startswith("  ")]
+
+
+def test_running_does_what_is_missing_in_order_and_nothing_twice(places: Places) -> None:
+    have_data(places, "coco")
+    finish(places, "coco_vgg16", {"AP50": 0.4, "AP": 0.2})
+    ran: list[str] = []
+
+    def runner(words: list[str]) -> int:
+        job = Path(words[words.index("--output") + 1]).name
+        ran.append(job)
+        finish(places, job, {"AP50": 0.45, "AP": 0.25})
+        return 0
+
+    text = reproduce("table9", places, run=True, runner=runner)
+    assert ran == [
+        "coco_resnet101",
+        "coco_resnet101_refine",
+        "coco_resnet101_context_trained",
+        "coco_resnet101_context",
+        "coco_resnet101_scales",
+    ]
+    assert ran == [job for job in jobs_of(TABLES["table9"]) if job != "coco_vgg16"]
+    assert "All of ours is there" in text
+    assert reproduce("table9", places, run=True, runner=runner) == text
+    assert len(ran) == 5
+
+
+def test_running_without_data_runs_nothing(places: Places) -> None:
+    def runner(words: list[str]) -> int:
+        raise AssertionError(words)
+
+    assert "Data that isn't here" in reproduce("table7", places, run=True, runner=runner)
+
+
+def test_what_goes_wrong_is_said(places: Places) -> None:
+    have_data(places, "voc")
+    with pytest.raises(InputError, match=r"train_det\.py .* ended with 3; mend"):
+        reproduce("table7", places, run=True, runner=lambda words: 3)
+    with pytest.raises(InputError, match="ended well but left no"):
+        reproduce("table7", places, run=True, runner=lambda words: 0)
+    with pytest.raises(InputError, match="no table88 here; did you mean 'table8'"):
+        reproduce("table88", places)
+    finish(places, "voc_vgg16", {"AP": 0.1})
+    with pytest.raises(InputError, match="has no figure mAP_11_point"):
+        reproduce("table7", places)
+    with pytest.raises(InputError, match="needs a checkout"):
+        run_tool(["tools/none.py"])
+
+
+def test_a_tool_is_really_run() -> None:
+    assert run_tool(["tools/reproduce.py", "--help"]) == 0
