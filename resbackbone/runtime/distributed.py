@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ def setup(device: str | None = None) -> Process:
     if world_size > 1 and not dist.is_initialized():
         # Objects and flags travel over gloo even where tensors use nccl: that needs no wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=_meeting_place(rank, world_size), rank=rank, world_size=world_size, timeout=TIMEOUT)
     return Process(rank=rank, world_size=world_size, local_rank=local_rank, device=chosen)
 
 
@@ -78,6 +79,13 @@ def mean_across_processes(tensor: torch.Tensor) -> torch.Tensor:
     return total / world_size()
 
 
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Give these tensors the values they have on the main process, in place, on every other one."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def gather_objects(item: Any) -> list[Any]:
     """`[item of rank 0, item of rank 1, …]`, on every process. The items are pickled, so they must be small and our own."""
     if world_size() == 1:
@@ -101,6 +109,16 @@ def any_process(flag: bool) -> bool:
     raised = torch.tensor([int(flag)])
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)
     return bool(raised.item())
+
+
+def _meeting_place(rank: int, world_size: int) -> dist.Store:
+    """The store at which processes find each other, with a corner of its own for each restart.
+
+    torchrun's static rendezvous, its default, keeps one server for all restarts: there a restarted process would find the addresses of
+    the dead ones, and wait for them for ever.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    return dist.PrefixStore(f"restart_{_torchrun_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _torchrun_number(name: str, default: int) -> int:

@@ -35,7 +35,8 @@ def read_weights(path: str | Path, wanted: Collection[str] = ()) -> tuple[dict[s
         return from_keras(read_keras(path), str(path))
     if path.suffix == ".caffemodel":
         return from_caffe(read_caffe(path), str(path))
-    if start[:1] == b"\x80" and start[2:9] != TORCH_PICKLE:
+    is_safetensors = start[8:9] == b"{"  # after its header's length, which may begin like a pickle
+    if start[:1] == b"\x80" and not is_safetensors and start[2:9] != TORCH_PICKLE:
         return from_detectron2(read_detectron2(path))
     tensors, metadata = read_state_dict(path)
     wanted = {name for name in wanted if not name.endswith(COUNTER)}

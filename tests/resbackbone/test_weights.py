@@ -19,6 +19,7 @@ from resbackbone.backbone import Preprocessing
 from resbackbone.errors import InputError
 from resbackbone.weights import WeightsInfo, read_state_dict
 from resbackbone.weights import torchvision as torchvision_weights
+from resbackbone.weights.formats import read_weights
 
 
 class Tiny(nn.Module):
@@ -317,3 +318,14 @@ def test_torchvision_has_weights_for_all_of_ours() -> None:
         assert torchvision_weights._url(name).endswith(".pth")
     with pytest.raises(InputError, match="no weights for 'resnet19'"):
         torchvision_weights._url("resnet19")
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path: Path) -> None:
+    """One safetensors file in 32 has 0x80, a pickle's first byte, as the low byte of its header's length."""
+    path = tmp_path / "unlucky.safetensors"
+    for padding in range(0, 264, 8):
+        save_file({"fc.bias": torch.ones(3)}, path, {"note": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert torch.equal(read_weights(path)[0]["fc.bias"], torch.ones(3))

@@ -1,0 +1,168 @@
+"""Batches from worker processes: endless for training, each image once for evaluation. Everything is uint8 until the device."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from resbackbone.classification.config import ClassificationConfig
+from resbackbone.classification.dataset import (
+    ClassificationDataset,
+    EvalTransform,
+    Sample,
+    TrainTransform,
+    counts_as_wrong,
+    next_readable,
+)
+from resbackbone.classification.sources import Source
+from resbackbone.errors import InputError
+from resbackbone.runtime.distributed import Process
+from resbackbone.runtime.sampler import ResumableBatchSampler
+from resbackbone.runtime.signals import ignore_signals_in_worker
+
+_PREFETCH = 2  # batches each worker keeps ready
+
+
+class Batch(NamedTuple):
+    """images: uint8 [N, 3, S, S] in channels-last memory; labels: int64 [N]; shifts: float32 [N, 3], colour noise in 0 … 1.
+
+    indices: int64 [N], the images' numbers in their source.
+    """
+
+    images: Tensor
+    labels: Tensor
+    shifts: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; copies are asynchronous where the memory is page-locked."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """One batch of samples of one size."""
+    side_h, side_w = samples[0].image.shape[1:]
+    images = np.empty((len(samples), side_h, side_w, 3), dtype=np.uint8)
+    for place, sample in zip(images, samples, strict=True):
+        place[...] = sample.image.permute(1, 2, 0).numpy()
+    return Batch(
+        images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        labels=torch.tensor([sample.label for sample in samples]),
+        shifts=torch.from_numpy(np.stack([sample.shift for sample in samples])),
+        indices=torch.tensor([sample.number for sample in samples]),
+    )
+
+
+def train_loader(
+    config: ClassificationConfig, source: Source, process: Process, *, context: str | None = None
+) -> tuple[BatchLoader, ResumableBatchSampler]:
+    """(loader, sampler): this process's share of each global batch, for ever; call sampler.advance() once a batch is used up."""
+    settings, data = config.train, config.data
+    dataset = ClassificationDataset(
+        source, TrainTransform(data=data, seed=settings.seed), stand_in=next_readable if data.unreadable == "skip" else None
+    )
+    sampler = ResumableBatchSampler(
+        len(dataset), batch_size=settings.batch_size, seed=settings.seed, rank=process.rank, world_size=process.world_size
+    )
+    return BatchLoader(_Reader(dataset, collate), sampler, workers=data.workers, context=context), sampler
+
+
+def eval_loader(config: ClassificationConfig, source: Source, process: Process, *, context: str | None = None) -> BatchLoader:
+    """This process's share of the evaluation images, as lists of `Views`; each image is in exactly one share."""
+    dataset = ClassificationDataset(
+        source, EvalTransform(settings=config.eval), stand_in=counts_as_wrong if config.data.unreadable == "skip" else None
+    )
+    mine = range(process.rank, len(dataset), process.world_size)
+    size = config.eval.batch_size
+    batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
+    return BatchLoader(_Reader(dataset, list), batches, workers=config.data.workers, context=context)
+
+
+class BatchLoader:
+    """Iterates over batches that workers prepare ahead, from the sampler's position on. `unreadable()` counts the images skipped so far."""
+
+    def __init__(self, reader: _Reader, batches: Any, *, workers: int, context: str | None = None) -> None:
+        self.reader, self.batches, self.workers, self.context = reader, batches, workers, worker_context(context)
+        if workers:
+            reader.dataset.unreadable.share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            self.reader,  # type: ignore[arg-type]  # it has what the loader asks for
+            batch_sampler=self.batches,
+            num_workers=self.workers,
+            collate_fn=_identity,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=start_worker if self.workers else None,
+            multiprocessing_context=self.context if self.workers else None,
+            prefetch_factor=_PREFETCH if self.workers else None,
+            # Its own generator: the loader draws a seed at each start, which must not move the training's random state.
+            generator=torch.Generator(),
+        )
+        yield from raise_errors(loader)
+
+    def unreadable(self) -> int:
+        """How many images could not be read so far."""
+        return int(self.reader.dataset.unreadable.sum())
+
+
+def raise_errors(loader: Any) -> Iterator[Any]:
+    """Batches of a DataLoader; an InputError that a worker returned is raised here, without the worker's traceback around it."""
+    try:
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError) as error:
+        text = str(error).lower()
+        if "shared memory" in text or "bus error" in text:
+            raise InputError(
+                "a data worker ran out of shared memory (/dev/shm); give the container more, or set fewer data.workers"
+            ) from error
+        if "killed by signal: killed" in text:
+            raise InputError("a data worker was killed, most likely because memory ran out; set fewer data.workers") from error
+        raise
+
+
+def worker_context(context: str | None) -> str:
+    """How workers start: fork where there is one, since it starts at once and shares memory by itself."""
+    return context or ("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+
+
+def start_worker(worker: int) -> None:
+    """One thread a worker (the workers are the parallelism), and signals left to the training process."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    ignore_signals_in_worker(worker)
+
+
+@dataclass
+class _Reader:
+    """The data set as the loader's workers see it: a list of keys in, a collated batch out, or the InputError that stops the run."""
+
+    dataset: ClassificationDataset
+    collate: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
+        try:
+            return self.collate([self.dataset[key] for key in keys])
+        except InputError as error:
+            return error
+
+
+def _identity(batch: Any) -> Any:
+    return batch
