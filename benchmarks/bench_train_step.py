@@ -1,19 +1,22 @@
-"""A training step of ours beside torchvision's: ResNet-18 FPN, 240x320, batch 4, frozen batch norm, bf16, channels_last, SGD.
+"""A training step of ours beside torchvision's, by turns in one process: FPN, frozen batch norm, SGD.
 
-    python benchmarks/bench_train_step.py [--rounds 6] [--threads 2]
+    python benchmarks/bench_train_step.py [--case r18 r50] [--rounds 6] [--threads 2] [--clock cpu|wall]
 
-Both are built without pretrained weights, are given the same images and boxes, and take turns in one process; the ratio is of each
-round's two times, torchvision's over ours. What is equal: backbone, head, anchors, 2000 proposals, 512 regions an image, 20 classes,
-precision, optimiser. Losses are equal in distribution only, since each draws its own samples (tests/detection compares them exactly).
+Cases: r18 is 240×320, batch 4, 20 classes; r50 is 256×384, batch 2, 90 classes; r50_large is 480×720. Contestants: torchvision in plain
+fp32, torchvision in bf16 autocast with channels_last, ours in fp32, ours in bf16 with channels_last. Ratios are of the times of one round,
+the peer's over ours. What is equal: backbone, head, anchors, 2000 proposals, 512 regions an image, frozen layers, optimiser, images and
+boxes. Losses are equal in distribution only, since each draws its own samples (tests/detection compares losses and gradients exactly).
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torchvision.models import resnet18
+from torch import Tensor, nn
+from torchvision import models
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
@@ -21,69 +24,127 @@ from torchvision.ops import FrozenBatchNorm2d
 from detection.build import build_detector
 from detection.config import load_detection_config
 from detection.structures import Target
+from resbackbone.layers import FrozenBatchNorm2d as OurFrozenBatchNorm2d
 
-SIZE, BATCH, CLASSES = (240, 320), 4, 20
-
-
-def boxes_of(count: int) -> torch.Tensor:
-    corner = torch.rand(count, 2) * torch.tensor([200.0, 140.0])
-    return torch.cat((corner, corner + 20 + torch.rand(count, 2) * 90), dim=1)
+Step = Callable[[], None]
+SHRINK = 0.5  # what frozen batch norms multiply by: with 1, random weights would double the signal from block to block
 
 
-def stepper(model: torch.nn.Module, losses: Callable[[], dict[str, torch.Tensor]]) -> Callable[[], float]:
-    """A function that takes one optimiser step and returns its seconds."""
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What both sides are built for. size: (height, width); classes: without background."""
+
+    backbone: str
+    size: tuple[int, int]
+    classes: int
+    precision: str = "fp32"
+    channels_last: bool = False
+
+
+CASES = {
+    "r18": (Setting(backbone="resnet18", size=(240, 320), classes=20), 4),
+    "r50": (Setting(backbone="resnet50", size=(256, 384), classes=90), 2),
+    "r50_large": (Setting(backbone="resnet50", size=(480, 720), classes=90), 2),
+}
+PAIRS = (("torchvision fp32", "ours fp32"), ("torchvision fp32", "ours bf16"), ("torchvision bf16", "ours bf16"))
+
+
+def boxes_of(count: int, size: tuple[int, int]) -> Tensor:
+    sides = torch.tensor([size[1], size[0]], dtype=torch.float32)
+    corner = torch.rand(count, 2) * sides * 0.6
+    return torch.cat((corner, corner + sides * (0.06 + 0.3 * torch.rand(count, 2))), dim=1)
+
+
+def stepper(model: nn.Module, losses: Callable[[], dict[str, Tensor]], precision: str) -> Step:
+    """A function that takes one optimiser step."""
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d | OurFrozenBatchNorm2d):
+            module.weight.fill_(SHRINK)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, momentum=0.9)
 
-    def step() -> float:
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = torch.stack(list(losses().values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return time.perf_counter() - start
 
     return step
 
 
-def build_ours(images: list[torch.Tensor], boxes: list[torch.Tensor], labels: list[torch.Tensor]) -> Callable[[], float]:
-    overrides = ["model.head=fpn", "model.backbone.name=resnet18", "model.roi.proposals_test=1000"]
-    detector = build_detector(load_detection_config(None, overrides), CLASSES, initial_weights=False)
-    detector = detector.to(memory_format=torch.channels_last)
+def build_ours(setting: Setting, images: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> Step:
+    overrides = ["model.head=fpn", f"model.backbone.name={setting.backbone}", "model.roi.proposals_test=1000"]
+    detector = build_detector(load_detection_config(None, overrides), setting.classes, initial_weights=False)
+    if setting.channels_last:
+        detector = detector.to(memory_format=torch.channels_last)
     none = torch.zeros(0, 4)
     targets = [
-        Target(boxes=box, labels=label, ignore_boxes=none, image_id=i, index=i, original_size=SIZE)
+        Target(boxes=box, labels=label, ignore_boxes=none, image_id=i, index=i, original_size=setting.size)
         for i, (box, label) in enumerate(zip(boxes, labels, strict=True))
     ]
-    return stepper(detector, lambda: detector(images, targets))
+    return stepper(detector, lambda: detector(images, targets), setting.precision)
 
 
-def build_theirs(images: list[torch.Tensor], boxes: list[torch.Tensor], labels: list[torch.Tensor]) -> Callable[[], float]:
-    body = _resnet_fpn_extractor(resnet18(norm_layer=FrozenBatchNorm2d), 3)
-    model = FasterRCNN(body, CLASSES + 1, min_size=SIZE[0], max_size=SIZE[1]).to(memory_format=torch.channels_last)
+def build_theirs(setting: Setting, images: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> Step:
+    body = _resnet_fpn_extractor(getattr(models, setting.backbone)(norm_layer=FrozenBatchNorm2d), 3)
+    model = FasterRCNN(body, setting.classes + 1, min_size=min(setting.size), max_size=max(setting.size))
+    if setting.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     floats = [image / 255 for image in images]
     targets = [{"boxes": box, "labels": label} for box, label in zip(boxes, labels, strict=True)]
-    return stepper(model, lambda: model(floats, [dict(target) for target in targets]))
+    return stepper(model, lambda: model(floats, [dict(target) for target in targets]), setting.precision)
+
+
+def contestants(setting: Setting, batch: int) -> dict[str, Step]:
+    images = [torch.randint(0, 256, (3, *setting.size), dtype=torch.uint8) for _ in range(batch)]
+    boxes = [boxes_of(3, setting.size) for _ in range(batch)]
+    labels = [torch.randint(1, setting.classes + 1, (3,)) for _ in range(batch)]
+    steps = {}
+    for precision in ("fp32", "bf16"):
+        one = Setting(
+            backbone=setting.backbone,
+            size=setting.size,
+            classes=setting.classes,
+            precision=precision,
+            channels_last=precision == "bf16",
+        )
+        steps[f"torchvision {precision}"] = build_theirs(one, images, boxes, labels)
+        steps[f"ours {precision}"] = build_ours(one, images, boxes, labels)
+    return steps
+
+
+def timed(step: Step, clock: Callable[[], float]) -> float:
+    start = clock()
+    step()
+    return clock() - start
+
+
+def report(case: str, rounds: int, clock: Callable[[], float]) -> None:
+    setting, batch = CASES[case]
+    steps = contestants(setting, batch)
+    for step in steps.values():
+        step()  # the first step allocates
+    times = [{name: timed(step, clock) for name, step in steps.items()} for _ in range(rounds)]
+    print(f"{case}: {setting.backbone} FPN, {setting.size[0]}×{setting.size[1]}, batch {batch}, {rounds} rounds")
+    print("  " + ", ".join(f"{name} {statistics.median(one[name] for one in times):.2f} s" for name in steps))
+    for theirs, ours in PAIRS:
+        ratios = sorted(one[theirs] / one[ours] for one in times)
+        print(f"  {ours} against {theirs}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["r18", "r50"])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    parser.add_argument("--clock", choices=("cpu", "wall"), help="default: cpu with one thread, wall with more")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    images = [torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8) for _ in range(BATCH)]
-    boxes = [boxes_of(3) for _ in range(BATCH)]
-    labels = [torch.randint(1, CLASSES + 1, (3,)) for _ in range(BATCH)]
-    ours, theirs = build_ours(images, boxes, labels), build_theirs(images, boxes, labels)
-    ours(), theirs()  # the first step allocates
-    rounds = [(theirs(), ours()) for _ in range(args.rounds)]
-    ratios = sorted(their_s / our_s for their_s, our_s in rounds)
-    print(f"threads {args.threads}, {args.rounds} rounds: torchvision {statistics.median(r[0] for r in rounds):.2f} s a step,")
-    print(
-        f"ours {statistics.median(r[1] for r in rounds):.2f} s; ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    )
+    kind = options.clock or ("cpu" if options.threads == 1 else "wall")
+    print(f"torch {torch.__version__}, {options.threads} thread(s), {kind} clock; a ratio above 1: ours is faster")
+    for case in options.case:
+        report(case, options.rounds, time.process_time if kind == "cpu" else time.perf_counter)
 
 
 if __name__ == "__main__":

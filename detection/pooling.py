@@ -57,14 +57,17 @@ class RegionPooler(nn.Module):
 
         image_sizes is not needed: strides are known. It is there for poolers that are given only maps.
         """
-        maps = [features[name] for name in self.names]
         image = torch.cat([torch.full_like(part[:, 0], number, dtype=torch.int64) for number, part in enumerate(boxes)])
-        together = torch.cat(list(boxes))
-        together = together.to(torch.promote_types(maps[0].dtype, torch.float32))  # bfloat16 has whole pixels to 256 only
-        level = self.levels_of(together)
+        return self.pool(features, torch.cat(list(boxes)), image)
+
+    def pool(self, features: Mapping[str, Tensor], boxes: Tensor, image: Tensor) -> Tensor:
+        """The same for the boxes (R, 4) of all images, image (R,) int64 saying whose each is."""
+        maps = [features[name] for name in self.names]
+        boxes = boxes.to(torch.promote_types(maps[0].dtype, torch.float32))  # bfloat16 has whole pixels to 256 only
+        level = self.levels_of(boxes)
         if self._takes_bags(maps[0]):
-            return self._bags(maps, together, image, level)
-        return self._operator(maps, torch.cat((image[:, None].to(together.dtype), together), dim=1), level)
+            return self._bags(maps, boxes, image, level)
+        return self._operator(maps, torch.cat((image[:, None].to(boxes.dtype), boxes), dim=1), level)
 
     def levels_of(self, boxes: Tensor) -> Tensor:
         """(R,) which level, by position in `names`, each box is pooled from (FPN, eq. 1, with torchvision's rounding)."""

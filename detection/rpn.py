@@ -86,7 +86,7 @@ class ProposalNetwork(nn.Module):
     def _dense(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         hidden = [F.relu(self.conv(level)) for level in maps]
         objectness = [_channels_last(self.cls_logits(level)).flatten(1) for level in hidden]
-        return objectness, [_channels_last(self.bbox_pred(level)).reshape(len(level), -1, 4) for level in hidden]
+        return objectness, [_channels_last(self.bbox_pred(level)).flatten(1).unflatten(1, (-1, 4)) for level in hidden]
 
     def _is_detached(self, maps: Sequence[Tensor]) -> bool:
         """Whether the dense maps carry no gradients, so that the loss runs the head again where it looks."""

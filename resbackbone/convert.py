@@ -63,6 +63,13 @@ def convert_weights(source: Path, target: Path, *, to: str, name: str | None = N
     return Conversion(info, str(report), target)
 
 
+def create_from_file(source: Path, *, name: str | None = None, variant: str | None = None) -> Backbone:
+    """The backbone that a weights file of any format holds, with these weights; arguments and errors as in `convert_weights`."""
+    tensors, said = read_weights(source)
+    info = _completed(tensors, said, name, variant, source)
+    return create_backbone(info.architecture, weights=source, **_options(info.architecture, info))
+
+
 def _completed(tensors: Mapping[str, Tensor], info: WeightsInfo, name: str | None, variant: str | None, source: Path) -> WeightsInfo:
     """What the file says, what the user says, and what the tensors show. Where the first two differ, InputError."""
     for option, given, known in (("--name", name, info.architecture), ("--variant", variant, info.variant)):

@@ -54,7 +54,7 @@ class FeaturePyramid(nn.Module):
             laterals[finer] = laterals[finer] + F.interpolate(laterals[finer + 1], size=laterals[finer].shape[-2:], mode="nearest")
         levels = [smooth(lateral) for smooth, lateral in zip(self.layer_blocks, laterals, strict=True)]
         if self.extra_level:
-            levels.append(F.max_pool2d(levels[-1], 1, stride=2))
+            levels.append(levels[-1][:, :, ::2, ::2])
         return dict(zip(self.out_features, levels, strict=True))
 
 

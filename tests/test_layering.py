@@ -35,7 +35,10 @@ MAY_IMPORT = {
 }
 HARMLESS_XML = {"xml.etree.ElementTree.Element", "xml.etree.ElementTree.ParseError"}  # a type and an error; neither parses
 # Networks and heads take values: they never see the configuration or the loop.
-VALUE_MODULES = ("anchors", "boxes", "faster_rcnn", "losses", "mask_head", "matching", "pooling", "preprocess", "roi_head", "rpn")
+VALUE_MODULES = (
+    *("anchors", "boxes", "context", "ensemble", "faster_rcnn", "losses", "mask_head", "matching", "multiscale", "pooling"),
+    *("preprocess", "refine", "roi_head", "rpn", "steps"),
+)
 
 
 def python_files(root: Path, folders: tuple[str, ...] = SEARCHED) -> Iterator[Path]:
@@ -232,7 +235,13 @@ def test_median_function_is_short() -> None:
 
 @pytest.mark.parametrize(
     ("start", "goal"),
-    [("tools.train_det", "detection.losses"), ("tools.detect", "detection.boxes"), ("tools.eval_coco", "detection.evaluation.coco")],
+    [
+        ("tools.train_det", "detection.losses"),
+        ("tools.detect", "detection.boxes"),
+        ("tools.eval_coco", "detection.evaluation.coco"),
+        ("tools.train_cls", "resbackbone.classification.recipe"),
+        ("tools.train_seg", "detection.segmentation.segmenter"),
+    ],
 )
 def test_short_ways(start: str, goal: str) -> None:
     way = shortest_way(REPOSITORY, start, goal)

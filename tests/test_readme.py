@@ -61,6 +61,8 @@ def help_of(tool: str) -> str:
 def faults_of(words: list[str]) -> list[str]:
     """What is wrong with `tools/X.py …` as a document shows it: a tool, flag, config file or setting that does not exist."""
     from detection.config import load_detection_config
+    from detection.segmentation.config import load_segmentation_config
+    from resbackbone.classification.config import load_classification_config
     from resbackbone.errors import InputError
 
     tool, *rest = words
@@ -72,7 +74,8 @@ def faults_of(words: list[str]) -> list[str]:
     if config is not None and config.parts[0] == "configs":
         overrides = [word for word in rest if re.match(r"[a-z_]+(\.[a-z_]+)+=", word)]
         try:
-            load_detection_config(REPOSITORY / config, overrides)
+            loaders = {"cls": load_classification_config, "seg": load_segmentation_config}
+            loaders.get(Path(tool).stem[-3:], load_detection_config)(REPOSITORY / config, overrides)
         except InputError as error:
             faults.append(str(error))
     return faults

@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from resbackbone.runtime.cli import run_tool
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="check_data", description="List every problem of a data set, and what training does about each.")
@@ -24,8 +22,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def run(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def run(args: argparse.Namespace) -> int:
     from detection.data.check import check_coco, check_splits, check_voc, print_report, write_report
 
     how = {"decode": not args.headers_only, "exif": not args.no_exif}
@@ -47,7 +44,10 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_tool(run, argv)
+    args = parse(argv)  # before torch is imported: --help answers at once
+    from resbackbone.runtime.cli import run_tool
+
+    return run_tool(run, args)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from resbackbone.runtime.cli import run_tool
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -23,15 +21,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def run(args: argparse.Namespace) -> None:
     from resbackbone.convert import convert_weights
 
     print(convert_weights(args.source, args.target, to=args.to, name=args.name, variant=args.variant))
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_tool(run, argv)
+    args = parse(argv)  # before torch is imported: --help answers at once
+    from resbackbone.runtime.cli import run_tool
+
+    return run_tool(run, args)
 
 
 if __name__ == "__main__":

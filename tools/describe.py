@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from resbackbone.runtime.cli import run_tool
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -27,8 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def run(args: argparse.Namespace) -> None:
     from resbackbone.analysis import describe, whole_network
 
     print(describe(args.name, input_size=args.input_size, variant=args.variant, shortcut=args.shortcut, weights=args.weights))
@@ -40,7 +37,10 @@ def run(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_tool(run, argv)
+    args = parse(argv)  # before torch is imported: --help answers at once
+    from resbackbone.runtime.cli import run_tool
+
+    return run_tool(run, args)
 
 
 if __name__ == "__main__":

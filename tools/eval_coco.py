@@ -3,55 +3,57 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
-
-from resbackbone.runtime.cli import run_tool
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval_coco", description="Run a detector on its validation split, or score a detections file.")
-    parser.add_argument("--weights", type=Path, help="model_final.safetensors or a checkpoint of a run")
+    parser.add_argument("--weights", nargs="+", action="extend", default=[], metavar="W", help="of a run, or of several as an ensemble")
     parser.add_argument("--config", type=Path, help="the run's YAML file (default: the config the weights carry)")
     parser.add_argument("--annotations", type=Path, metavar="A.json", help="ground truth in COCO's format")
     parser.add_argument("--detections", type=Path, metavar="D.json", help="detections in COCO's results format; no model, no images")
     parser.add_argument("--iou-type", choices=("bbox", "segm", "keypoints"), help="what to score of --detections (default: bbox)")
     parser.add_argument("--engine", choices=("auto", "pycocotools", "hotcoco"), help="who computes; the figures are the same")
-    parser.add_argument("--output", type=Path, help="folder for eval/metrics.json, and with --weights eval/detections.json")
+    parser.add_argument("--output", type=Path, help="folder for eval/metrics.json, report/, and with --weights eval/detections.json")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="folder for index.html, which shows the errors (default: OUTPUT/report)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="with --detections: image folder, for the report")
+    parser.add_argument("--compare", type=Path, metavar="OTHER", help="more detections, or a run's folder, beside these in the report")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="with --weights: settings that differ")
     args = parser.parse_intermixed_args(argv)
-    if (args.weights is None) == (args.detections is None) or (args.detections is None) != (args.annotations is None):
+    args.overrides += [text for text in args.weights if "=" in text and not Path(text).exists()]
+    args.weights = [Path(text) for text in args.weights if text not in args.overrides]
+    if (not args.weights) == (args.detections is None) or (args.detections is None) != (args.annotations is None):
         parser.error("give --weights, or --annotations and --detections")
-    if (args.config or args.overrides) if args.weights is None else args.iou_type:
-        parser.error("--config and key.path=value go with --weights, --iou-type with --detections")
+    if (args.config or args.overrides) if not args.weights else (args.iou_type or args.images):
+        parser.error("--config and key.path=value go with --weights, --iou-type and --images with --detections")
     return args
 
 
-def run(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    from detection.evaluation.coco import evaluate_coco, format_coco, format_run
-    from detection.evaluation.results import write_metrics
+def run(args: argparse.Namespace) -> None:
+    from detection.evaluation.coco import format_coco, format_run
+    from detection.evaluation.report.report import evaluate_coco_files, print_evaluation
 
-    if args.weights is not None:
-        from detection.predict import resolve_config
+    places = {"output": args.output, "report": args.report, "compare": args.compare}
+    if args.weights:
+        from detection.predict import resolve_configs
         from detection.score import evaluate_weights
 
         overrides = [*([f"eval.engine={args.engine}"] if args.engine else []), *args.overrides]
-        lines = format_run(evaluate_weights(resolve_config(args.config, args.weights, overrides), args.weights, output=args.output))
+        lines = format_run(evaluate_weights(resolve_configs(args.config, args.weights, overrides), args.weights, **places))
     else:
-        kind = args.iou_type or "bbox"
-        figures = evaluate_coco(args.annotations, args.detections, iou_type=kind, engine=args.engine or "auto")
-        lines = format_coco(figures, iou_type=kind)
-        if args.output is not None:
-            write_metrics(args.output, figures)
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
-        print(lines + (f"\nfigures {args.output / 'eval' / 'metrics.json'}" if args.output else ""))
+        kind, engine = args.iou_type or "bbox", args.engine or "auto"
+        files = {"annotations": args.annotations, "detections": args.detections, "images": args.images}
+        lines = format_coco(evaluate_coco_files(iou_type=kind, engine=engine, **files, **places), iou_type=kind)
+    print_evaluation(lines, output=args.output, report=args.report)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_tool(run, argv)
+    args = parse(argv)  # before torch is imported: --help answers at once
+    from resbackbone.runtime.cli import run_tool
+
+    return run_tool(run, args)
 
 
 if __name__ == "__main__":

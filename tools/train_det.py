@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from resbackbone.runtime.cli import run_tool
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train_det", description="Train, evaluate and draw a detector; everything lands in --output.")
@@ -21,25 +19,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def run(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def run(args: argparse.Namespace) -> None:
     if args.replay is not None:
         from detection.nonfinite import replay
 
         print(replay(args.replay))
         return
+    from detection.alternating import train_alternating
     from detection.config import load_detection_config
     from detection.train import train
 
     config = load_detection_config(args.config, args.overrides)
-    result = train(config, args.output or Path("runs") / args.config.stem, resume=args.resume)
+    by_protocol = {"joint": train, "alternating": train_alternating}[config.train.protocol]
+    result = by_protocol(config, args.output or Path("runs") / args.config.stem, resume=args.resume)
     print(f"{result.primary} {result.metrics[result.primary]:.3f}")
     print(f"weights {result.weights}")
     print(f"drawn detections {result.output / 'samples'}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_tool(run, argv)
+    args = parse(argv)  # before torch is imported: --help answers at once
+    from resbackbone.runtime.cli import run_tool
+
+    return run_tool(run, args)
 
 
 if __name__ == "__main__":

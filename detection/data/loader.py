@@ -46,13 +46,14 @@ def build_train_loader(
     empty_images: Literal["keep", "drop"] = "drop",
     group_aspect: bool = True,
     context: str | None = None,
+    kind: type[DetectionDataset] = DetectionDataset,
 ) -> tuple[BatchLoader, ResumableBatchSampler]:
     """(loader, sampler): this process's share of each global batch, for ever; call sampler.advance() once a batch is used up.
 
     group_aspect: wide and tall images make separate batches, which saves padding. context: how workers start, fork | spawn | forkserver
-    (None: fork where there is one, it starts at once and shares memory by itself). Raises InputError.
+    (None: fork where there is one, it starts at once and shares memory by itself). kind: of data set, what a sample is. Raises InputError.
     """
-    dataset = DetectionDataset(source, min_size=min_size, max_size=max_size, flip=flip, train=True, seed=seed, empty_images=empty_images)
+    dataset = kind(source, min_size=min_size, max_size=max_size, flip=flip, train=True, seed=seed, empty_images=empty_images)
     sizes = source.annotations.sizes[dataset.keep]
     groups = (sizes[:, 1] >= sizes[:, 0]).astype(np.int64) if group_aspect else None
     sampler = ResumableBatchSampler(len(dataset), groups, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
@@ -69,12 +70,13 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     context: str | None = None,
+    kind: type[DetectionDataset] = DetectionDataset,
 ) -> BatchLoader:
     """Every image of the source exactly once over all processes, images of one shape together; several min_size: the last is used.
 
     The order is fixed, so a figure cannot depend on it. `len()` is this process's number of batches; processes may differ by one.
     """
-    dataset = DetectionDataset(source, min_size=min_size, max_size=max_size, train=False)
+    dataset = kind(source, min_size=min_size, max_size=max_size, train=False)
     batches = shape_batches(dataset.resized_sizes(), batch_size)[rank::world_size]
     return BatchLoader(dataset, [[(0, int(i)) for i in batch] for batch in batches], workers=workers, context=context)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -15,19 +16,18 @@ from resbackbone.runtime.signals import Interrupted
 EXIT_INPUT, EXIT_NONFINITE, EXIT_KEYBOARD, EXIT_BROKEN_PIPE = 1, 3, 130, 141
 
 
-def run_tool(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
-    """Run a tool's `main` and return its exit code: 0 done, 1 wrong input, 3 non-finite loss, 130/143 after a signal.
+def run_tool(run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Run a tool with its parsed arguments and return its exit code: 0 done, 1 wrong input, 3 non-finite loss, 130/143 after a signal.
 
-    argparse's own usage errors stay SystemExit(2). `--debug` is taken out of the arguments and shows the traceback of any error.
+    A tool parses before it imports this, and with it torch: --help and usage errors (argparse's SystemExit(2)) don't wait for it.
+    `args.debug` shows the traceback of any error.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
     try:
-        return int(main([argument for argument in arguments if argument != "--debug"]) or 0)
+        return int(run(args) or 0)
     except BrokenPipeError:
         return _leave_broken_pipe()
     except (InputError, NonFiniteLoss, Interrupted, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        if debug:
+        if args.debug:
             raise
         code, message = _explain(error)
         print(f"{_rank_prefix()}{message}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import torch
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
+from detection import matching
 from detection.matching import BELOW, BETWEEN, assign, balanced_sample, match
 
 EMPTY = torch.zeros((0, 4))
@@ -88,3 +89,21 @@ def test_sample_is_uniform():
     for _ in range(2000):
         times[balanced_sample(matches, count=10, positive_fraction=0.5, generator=generator)[1]] += 1
     assert (times - 400).abs().max() < 5 * (2000 * 0.2 * 0.8) ** 0.5  # five standard deviations of a binomial
+
+
+@pytest.mark.parametrize("boxes", [1, 50, 400])
+def test_overlaps_at_a_time_do_not_grow_with_the_boxes(monkeypatch, boxes):
+    """A crowded image is matched in smaller chunks, so that memory doesn't follow anchors times boxes."""
+    most, plain = [0], matching._iou
+    monkeypatch.setattr(matching, "CELLS", {"cpu": 4000, "cuda": 4000})
+    monkeypatch.setattr(matching, "LEAST", 10)
+
+    def counted(one, other):
+        most[0] = max(most[0], len(one) * other.shape[1])
+        return plain(one, other)
+
+    monkeypatch.setattr(matching, "_iou", counted)
+    anchors, truth = peers.random_boxes(5000), peers.random_boxes(boxes, seed=1)
+    found = match(anchors, truth, high=0.7, low=0.3, allow_low_quality=True)
+    assert 0 < most[0] <= 4000
+    assert torch.equal(found, Matcher(0.7, 0.3, True)(box_iou(truth, anchors)))

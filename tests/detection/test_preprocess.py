@@ -7,10 +7,12 @@ from dataclasses import replace
 import peers
 import pytest
 import torch
+import torchvision
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detection.preprocess import Preprocess
 from resbackbone.backbone import Preprocessing
+from resbackbone.errors import InputError
 
 IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -47,3 +49,12 @@ def test_padding_follows_the_divisor():
 
 def test_nothing_of_it_is_in_the_weights():
     assert not Preprocess(IMAGENET).state_dict()
+
+
+@pytest.mark.parametrize("wrong", ["normalised", "0 to 255"])
+def test_an_image_that_was_normalised_already_is_refused(wrong):
+    image = _images()[0] / 255
+    bad = torchvision.transforms.functional.normalize(image, IMAGENET.mean, IMAGENET.std) if wrong == "normalised" else image * 255
+    with pytest.raises(InputError, match="not normalised"):
+        Preprocess(IMAGENET)([image, bad])
+    Preprocess(IMAGENET)([image * 1.2 - 0.1])  # noise and sharpening may leave 0..1 a little

@@ -19,10 +19,13 @@ from resbackbone.runtime.signals import Interrupted
 
 
 def raising(error: BaseException) -> Any:
-    def main(argv: list[str] | None) -> int:
+    def run(args: argparse.Namespace) -> int:
         raise error
 
-    return main
+    return run
+
+
+QUIET, DEBUG = argparse.Namespace(debug=False), argparse.Namespace(debug=True)
 
 
 @pytest.mark.parametrize(
@@ -37,57 +40,47 @@ def raising(error: BaseException) -> Any:
     ],
 )
 def test_one_message_and_a_code(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, text: str) -> None:
-    assert run_tool(raising(error), []) == code
+    assert run_tool(raising(error), QUIET) == code
     captured = capsys.readouterr()
     assert captured.err.startswith(text)
     assert "Traceback" not in captured.err
     assert captured.out == ""
     with pytest.raises(type(error)):
-        run_tool(raising(error), ["--debug"])
+        run_tool(raising(error), DEBUG)
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
-def test_what_main_returns(returned: int | None, code: int) -> None:
-    seen: list[list[str] | None] = []
+def test_what_a_tool_returns(returned: int | None, code: int) -> None:
+    seen: list[argparse.Namespace] = []
 
-    def main(argv: list[str] | None) -> int | None:
-        seen.append(argv)
+    def run(args: argparse.Namespace) -> int | None:
+        seen.append(args)
         return returned
 
-    assert run_tool(main, ["--debug", "a", "b=c"]) == code
-    assert seen == [["a", "b=c"]]
-
-
-def test_arguments_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tool", "x"])
-    assert run_tool(lambda argv: len(argv or ()), None) == 1
-
-
-def test_usage_errors_stay_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run_tool(lambda argv: argparse.ArgumentParser().parse_args(argv) and 0, ["--nonsense"])
-    assert caught.value.code == 2
+    assert run_tool(run, QUIET) == code
+    assert seen == [QUIET]
 
 
 def test_our_own_mistakes_are_not_swallowed() -> None:
     with pytest.raises(ZeroDivisionError):
-        run_tool(raising(ZeroDivisionError()), [])
+        run_tool(raising(ZeroDivisionError()), QUIET)
 
 
 def test_other_processes_say_who_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "3")
-    assert run_tool(raising(InputError("x")), []) == 1
+    assert run_tool(raising(InputError("x")), QUIET) == 1
     assert capsys.readouterr().err == "[process 3] error: x\n"
 
 
 def test_a_closed_pipe_is_quiet(repository: Path) -> None:
     program = """
+import argparse
 import sys
 from resbackbone.runtime.cli import run_tool
-def main(argv):
+def run(args):
     for _ in range(100000):
         print("line")
-sys.exit(run_tool(main, []))
+sys.exit(run_tool(run, argparse.Namespace(debug=False)))
 """
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:

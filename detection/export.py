@@ -1,0 +1,197 @@
+"""A trained detector as a file that runs without this package, checked box by box against the detector it comes from."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from detection.config import DetectionConfig
+from detection.data import load_source
+from detection.data.images import read_image, resize_image, resized_size
+from detection.exportable import NOTHING, ExportableDetector, suppress
+from detection.faster_rcnn import FasterRCNN
+from detection.inputs import expand
+from detection.pooling import RegionPooler
+from detection.predict import FORMAT, config_from_weights, load_detector
+from detection.roi_head import RoIHead
+from detection.structures import Detections
+from resbackbone.errors import InputError
+from resbackbone.export import MAX_IMAGES, MAX_SIDE, Graph, Run, check_format, open_program, output_path, refuse, write_program
+from resbackbone.weights import read_state_dict
+
+LEAST_CELLS = 3  # rows of 32 pixels: below, the pyramid's p6 is one cell, which torch.export takes for a broadcast
+SAME_BOX, SAME_SCORE = 0.99, 1e-3  # IoU and score of one box in both
+MAX_UNMATCHED = 0.01  # share of boxes: scores next to the threshold and overlaps next to NMS's fall to either side by rounding
+SYNTHETIC = 4  # drawn images, where nobody names real ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far program and detector agree: detections of both, those without a partner, and the largest differences of the others."""
+
+    boxes: int
+    unmatched: int
+    score: float
+    pixels: float
+
+    def __str__(self) -> str:
+        return f"{self.boxes - self.unmatched} of {self.boxes} boxes matched, scores to {self.score:.1e}, corners to {self.pixels:.1e} px"
+
+    @property
+    def holds(self) -> bool:
+        return self.unmatched <= MAX_UNMATCHED * self.boxes
+
+
+def is_detector(weights: Path) -> bool:
+    """Whether a file is a detector of ours (a run's weights or checkpoint) rather than a backbone's weights."""
+    if weights.is_dir() or weights.name == "state.pt":
+        return True
+    return weights.suffix == ".safetensors" and weights.is_file() and read_state_dict(weights)[1].get("format") == FORMAT
+
+
+def export_detector(
+    weights: Path, *, to: str, output: Path | None = None, images: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> str:
+    """Write the detector of a weights file and check it on images (drawn shapes where none are named); returns what was found.
+
+    Each image is looked at in two sizes, alone and beside its mirror image. Raises InputError for a detector that can't be exported, or
+    where the check finds nothing to compare or too much that differs; the program is then removed.
+    """
+    check_format(to)
+    path = output_path(weights, output, to)
+    config = config_from_weights(weights, overrides)
+    detector, classes = load_detector(config, weights, device=torch.device("cpu"))
+    _check_exportable(detector, config, to)
+    pictures = [read_image(Path(name)) for name in expand(list(images))] if images else _drawn()
+    write_program(detector_graph(detector, config, classes, to=to), path, to=to)
+    parity = compare(detector, open_program(path, to=to), pictures, sizes=_test_sizes(config), max_size=config.data.max_size)
+    if not parity.boxes:
+        path.unlink()
+        raise InputError(f"{path} was removed unchecked: the detector finds nothing in these images; name others with --images")
+    if not parity.holds:
+        raise refuse(path, f"only {parity}")
+    sizes = " and ".join(str(size) for size in _test_sizes(config))
+    return f"{path}: {parity}; {len(pictures)} images, shorter side {sizes}, batches of 1 and 2"
+
+
+def _check_exportable(detector: torch.nn.Module, config: DetectionConfig, to: str) -> None:
+    if config.model.mask:
+        raise InputError("a detector with masks (model.mask=true) can't be exported; masks aren't written yet, train one without")
+    if type(detector) is not FasterRCNN or type(detector.roi_head) is not RoIHead:
+        raise InputError(
+            "the exported detector is the plain one: it has no context, and refinement, scales and mirror images are left out; "
+            "set model.test.refine=false model.test.scales=null model.test.flip=false, and train without model.test.context"
+        )
+    if config.model.roi.op == "pool" and to == "onnx":
+        raise InputError("model.roi.op=pool has no equal in ONNX; take --to torch-export, or train with model.roi.op=align")
+
+
+def _test_sizes(config: DetectionConfig) -> tuple[int, int]:
+    """Shorter sides in pixels: the config's, and three quarters of it."""
+    side = config.data.min_size[-1]
+    return side, max(3 * side // 4, 32 * LEAST_CELLS)
+
+
+def detector_graph(detector: FasterRCNN, config: DetectionConfig, classes: Sequence[str], *, to: str) -> Graph:
+    """images (N, 3, H, W) uint8 RGB and sizes (N, 2) int64 → boxes (N, D, 4), scores (N, D), labels (N, D); N, H and W vary."""
+    # Channels first: torch.export would guard on the strides of channels_last maps, and so on the images' sizes.
+    module = copy.deepcopy(detector).eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    assert isinstance(module.roi_head.pooler, RegionPooler)
+    module.roi_head.pooler.compiled_op = True
+    how, translations = _suppress_in_onnx() if to == "onnx" else (suppress, None)
+    count = torch.export.Dim("images", min=1, max=MAX_IMAGES)
+    rows, columns = (torch.export.Dim(name, min=LEAST_CELLS, max=MAX_SIDE // 32) for name in ("rows", "columns"))
+    side = 32 * (LEAST_CELLS + 1)
+    return Graph(
+        module=ExportableDetector(module, suppress=how),
+        example=(torch.zeros((2, 3, side, side + 32), dtype=torch.uint8), torch.tensor([[side, side]] * 2)),
+        shapes={"images": {0: count, 2: 32 * rows, 3: 32 * columns}, "sizes": {0: count}},
+        inputs=("images", "sizes"),
+        outputs=("boxes", "scores", "labels"),
+        metadata={
+            "classes": json.dumps(list(classes)),
+            "min_size": str(config.data.min_size[-1]),
+            "max_size": str(config.data.max_size),
+            "divisor": "32",
+        },
+        translations=translations,
+    )
+
+
+@cache
+def _suppress_in_onnx() -> tuple[Callable[..., Tensor], dict[Callable, Callable]]:
+    """`suppress` as one torch operator, and that operator as ONNX's NonMaxSuppression, which knows sets (its batches) by itself."""
+    from onnxscript import opset18
+
+    onnx: Any = opset18  # its signatures name ONNX's types, not what tracing hands over
+    operator = torch.library.custom_op("resbackbone::suppress", suppress, mutates_args=())
+    operator.register_fake(lambda boxes, scores, iou: torch.empty_like(scores, dtype=torch.bool))
+
+    def translated(boxes: Any, scores: Any, iou: float) -> Any:
+        every, least = onnx.Constant(value_int=2**62), onnx.Constant(value_float=NOTHING / 2)
+        chosen = onnx.NonMaxSuppression(boxes, onnx.Unsqueeze(scores, [1]), every, onnx.Constant(value_float=iou), least)
+        place = onnx.Gather(chosen, [0, 2], axis=1)
+        nowhere = onnx.Expand(onnx.Constant(value_float=0.0), onnx.Shape(scores))
+        here = onnx.Expand(onnx.Constant(value_float=1.0), onnx.Shape(place, start=0, end=1))
+        return onnx.Cast(onnx.ScatterND(nowhere, place, here), to=9)  # 9: bool
+
+    return operator, {torch.ops.resbackbone.suppress.default: translated}
+
+
+def _drawn() -> list[np.ndarray]:
+    source = load_source("shapes", None, "val", size=256)
+    return [source.read_image(number) for number in range(SYNTHETIC)]
+
+
+def compare(detector: FasterRCNN, run: Run, pictures: Sequence[np.ndarray], *, sizes: Sequence[int], max_size: int) -> Parity:
+    """The detector's boxes beside the program's, for every picture at every shorter side, alone and beside its mirror image."""
+    unmatched, total, score, pixels = 0, 0, 0.0, 0.0
+    for picture in pictures:
+        for size in sizes:
+            height, width = resized_size(*picture.shape[:2], min_size=size, max_size=max_size)
+            image = torch.from_numpy(resize_image(picture, (height, width)).copy()).permute(2, 0, 1)
+            for batch in ([image], [image, image.flip(2)]):
+                for mine, theirs in zip(detector.detect(batch), _run(run, batch, detector), strict=True):
+                    partner = _partners(mine, theirs)
+                    chosen, paired = partner >= 0, partner[partner >= 0]
+                    total += max(len(mine), len(theirs))
+                    unmatched += max(len(mine), len(theirs)) - len(paired)
+                    score = max([score, *(mine.scores[chosen] - theirs.scores[paired]).abs().tolist()])
+                    pixels = max([pixels, *(mine.boxes[chosen] - theirs.boxes[paired]).abs().flatten().tolist()])
+    return Parity(boxes=total, unmatched=unmatched, score=score, pixels=pixels)
+
+
+def _run(run: Run, images: Sequence[Tensor], detector: FasterRCNN) -> Iterator[Detections]:
+    """What the program finds in images of one size."""
+    height, width = images[0].shape[1:]
+    rows, columns = (max(side, 32 * LEAST_CELLS) for side in detector.preprocess.padded_size((height, width)))
+    batch: np.ndarray = np.zeros((len(images), 3, rows, columns), dtype=np.uint8)
+    for place, image in zip(batch, images, strict=True):
+        place[:, :height, :width] = image.numpy()
+    boxes, scores, labels = run(batch, np.array([[height, width]] * len(images), dtype=np.int64))
+    for box, score, label in zip(boxes, scores, labels, strict=True):
+        kept = score > 0
+        yield Detections(boxes=torch.from_numpy(box[kept]), scores=torch.from_numpy(score[kept]), labels=torch.from_numpy(label[kept]))
+
+
+def _partners(mine: Detections, theirs: Detections) -> Tensor:
+    """(D,) for each of `mine` the one of `theirs` that is the same box, or -1; each is somebody's partner once at most."""
+    same = (mine.labels[:, None] == theirs.labels) & ((mine.scores[:, None] - theirs.scores).abs() <= SAME_SCORE)
+    iou = torch.where(same, box_iou(mine.boxes, theirs.boxes), 0.0)
+    partner = torch.full((len(mine),), -1)
+    for row in range(len(mine) if len(theirs) else 0):
+        best = int(iou[row].argmax())
+        if iou[row, best] >= SAME_BOX:
+            partner[row] = best
+            iou[:, best] = 0
+    return partner

@@ -1,0 +1,52 @@
+"""When memory runs out in a training step: which images it was, and which settings help."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from detection.config import TrainConfig
+from detection.structures import Batch
+from resbackbone.errors import InputError
+
+SAYINGS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "failed to allocate")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's error has a type of its own; the CPU's allocator raises a RuntimeError with words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return type(error) is RuntimeError and any(words in str(error).lower() for words in SAYINGS)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(batch: Batch, settings: TrainConfig) -> Iterator[None]:
+    """Turn running out of memory inside into an InputError that names the batch's images, their sizes and what to set."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"{_what_happened(batch)}. {_what_helps(settings)} ({str(error).splitlines()[0][:120]})") from error
+
+
+def _what_happened(batch: Batch) -> str:
+    images = [
+        f"{target.image_id} ({image.shape[-2]}×{image.shape[-1]} px, {len(getattr(target, 'boxes', ()))} boxes)"
+        for image, target in zip(batch.images, batch.targets, strict=True)
+    ]
+    return f"out of memory in a training step on {len(images)} images: {', '.join(images)}"
+
+
+def _what_helps(settings: TrainConfig) -> str:
+    """The cheapest first."""
+    ways = []
+    if settings.precision == "fp32":
+        ways.append("train.precision=bf16 (about half)")
+    if settings.batch_size > 1:
+        half = settings.batch_size // 2
+        ways.append(f"train.batch_size={half} train.accumulate={2 * settings.accumulate} (the same step in smaller parts)")
+    ways += ["model.backbone.checkpointing=true (a third more time)", "smaller data.min_size and data.max_size"]
+    return f"Set {'; or '.join(ways)}"

@@ -1,0 +1,242 @@
+"""Exported detectors against the detectors they come from, and everything that is refused."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import nms
+
+from detection import export
+from detection.build import build_detector, resolved_config
+from detection.config import DetectionConfig, load_detection_config
+from detection.exportable import ExportableDetector, suppress
+from detection.faster_rcnn import FasterRCNN
+from detection.predict import config_from_weights, detector_metadata, load_detector
+from detection.structures import Detections
+from resbackbone.backbone import FeatureInfo, StagedBackbone
+from resbackbone.registry import BACKBONES, register_backbone
+from resbackbone.runtime.checkpoint import save_weights
+from tools.export import main
+
+CLASSES = ("cat", "dog", "bird")
+TINY = (
+    "model.backbone.name=tiny_for_export",
+    "model.backbone.weights=null",
+    "model.backbone.norm=batch",
+    "model.backbone.freeze_at=0",
+    "model.roi.head_width=16",
+    "model.roi.candidates_test=40",
+    "model.roi.proposals_test=30",
+    "model.test.detections=20",
+    "data.kind=shapes",
+    "data.min_size=[128]",
+    "data.max_size=160",
+)
+
+
+def stage(inside: int, outside: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inside, outside, 3, stride=2, padding=1), nn.BatchNorm2d(outside), nn.ReLU())
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """torch.export logs every symbolic guard, and pytest would format them all."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five strided convolutions: seconds to trace, where a ResNet takes half a minute."""
+    monkeypatch.setattr("resbackbone.registry.BACKBONES", dict(BACKBONES))
+
+    @register_backbone("tiny_for_export")
+    def tiny() -> StagedBackbone:
+        names, widths = ("conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x"), (3, 8, 8, 16, 16, 16)
+        return StagedBackbone({name: (stage(*widths[k : k + 2]), FeatureInfo(widths[k + 1], 2 << k)) for k, name in enumerate(names)})
+
+
+def random_detector(config: DetectionConfig, classes: tuple[str, ...] = CLASSES) -> FasterRCNN:
+    """Random weights that find something: scores over the whole range, boxes that move."""
+    torch.manual_seed(0)
+    detector = build_detector(config, len(classes), initial_weights=False)
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 1.5)
+            module.running_mean.normal_(0, 0.1)
+    for layer, std in ((detector.rpn.cls_logits, 1.0), (detector.rpn.bbox_pred, 0.05)):
+        nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(detector.roi_head.cls_score.weight, std=2.0)
+    nn.init.normal_(detector.roi_head.bbox_pred.weight, std=1.0)
+    return detector.eval()
+
+
+def write_detector(path: Path, *overrides: str) -> Path:
+    config = load_detection_config(None, [*TINY, *overrides])
+    detector = random_detector(config)
+    save_weights(path, detector.state_dict(), detector_metadata(config, CLASSES, detector))
+    return path
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+@pytest.mark.parametrize("head", [pytest.param("fpn", marks=pytest.mark.slow), "c4"])
+def test_a_detector_runs_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str, to: str) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnxscript")
+    weights = write_detector(tmp_path / "w.safetensors", f"model.head={head}")
+    assert main([str(weights), "--to", to]) == 0
+    said = capsys.readouterr().out
+    found, total = (int(word) for word in said.split(": ")[1].split(" boxes")[0].split(" of "))
+    assert found == total > 50, said
+    assert (tmp_path / "w").with_suffix({"onnx": ".onnx", "torch-export": ".pt2"}[to]).stat().st_size > 10_000
+
+
+def test_the_documentation_s_script_runs_it(repository: Path, tmp_path: Path) -> None:
+    """docs/export.md's script, on a picture that needs no resizing, prints the boxes that the detector finds; nothing of ours is loaded."""
+    pytest.importorskip("onnxscript")
+    weights = write_detector(tmp_path / "w.safetensors", "model.head=c4", "data.min_size=[96]")
+    assert main([str(weights), "--to", "onnx"]) == 0
+    script = (repository / "docs" / "export.md").read_text().split("<!-- file: run_onnx.py -->\n```python\n")[1].split("```")[0]
+    assert "resbackbone" not in script.replace("resbackbone[", "")
+    (tmp_path / "run_onnx.py").write_text(script)
+    picture = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+    cv2.imwrite(str(tmp_path / "a.png"), picture[..., ::-1])
+    command = [sys.executable, "-I", str(tmp_path / "run_onnx.py"), str(tmp_path / "w.onnx"), str(tmp_path / "a.png")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    detector, classes = load_detector(config_from_weights(weights), weights, device=torch.device("cpu"))
+    (found,) = detector.detect([torch.from_numpy(picture).permute(2, 0, 1)])
+    wanted = sorted(
+        (classes[label - 1], score, *box)
+        for label, score, box in zip(*map(torch.Tensor.tolist, triple(found)), strict=True)
+        if score >= 0.5
+    )
+    said = sorted((words[1], *map(float, words[2:])) for words in (line.split() for line in printed))
+    assert len(said) == len(wanted) > 0
+    assert [one[0] for one in said] == [one[0] for one in wanted]
+    np.testing.assert_allclose([one[1] for one in said], [one[1] for one in wanted], atol=2e-3)
+
+
+def triple(found: Detections) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return found.labels, found.scores, found.boxes
+
+
+@pytest.mark.parametrize("head", ["fpn", "c4"])
+def test_without_a_loop_the_same(head: str) -> None:
+    """The graph in eager mode beside `detect`, on images of two sizes in one batch; fewer anchors than candidates on the small levels."""
+    detector = random_detector(load_detection_config(None, [*TINY, f"model.head={head}"]))
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((96, 128), (80, 120))]
+    wanted = detector.detect(images)
+    batch = torch.zeros((2, 3, 96, 128), dtype=torch.uint8)
+    for place, image in zip(batch, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    with torch.no_grad():
+        boxes, scores, labels = ExportableDetector(detector)(batch, torch.tensor([image.shape[1:] for image in images]))
+    for row, mine in enumerate(wanted):
+        count = int((scores[row] > 0).sum())
+        assert count == len(mine) > 5
+        torch.testing.assert_close(boxes[row, :count], mine.boxes, atol=1e-3, rtol=0)
+        torch.testing.assert_close(scores[row, :count], mine.scores, atol=1e-5, rtol=0)
+        assert torch.equal(labels[row, :count], mine.labels)
+        assert not boxes[row, count:].any()
+
+
+def test_sets_suppress_only_themselves() -> None:
+    """The exported NMS beside torchvision's, set by set; places without a box neither stay nor suppress; a set may be empty."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand((4, 60, 2), generator=generator) * 50
+    boxes = torch.cat((corner, corner + 5 + 30 * torch.rand((4, 60, 2), generator=generator)), dim=2)
+    scores = torch.rand((4, 60), generator=generator)
+    scores[0, ::3], scores[3] = -1.0, -1.0
+    kept = suppress(boxes, scores, 0.5)
+    for one in range(4):
+        there = torch.nonzero(scores[one] >= 0).flatten()
+        wanted = torch.zeros(60, dtype=torch.bool)
+        wanted[there[nms(boxes[one, there], scores[one, there], 0.5)]] = True
+        assert torch.equal(kept[one], wanted)
+    assert kept[:3].sum() > 20
+    assert not suppress(boxes[:1], torch.full((1, 60), -1.0), 0.5).any()
+
+
+def test_a_program_that_differs_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = write_detector(tmp_path / "w.safetensors", "model.head=c4")
+    monkeypatch.setattr(export, "write_program", lambda graph, path, *, to: path.write_bytes(b"x"))
+    config = config_from_weights(weights)
+    other = ExportableDetector(random_detector(config, CLASSES)).eval()
+    other.detector.roi_head.score_threshold = 0.3  # the only difference: boxes that score less are missing
+    other.detector.load_state_dict(load_detector(config, weights, device=torch.device("cpu"))[0].state_dict())
+
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [output.numpy() for output in other(*map(torch.from_numpy, inputs))]
+
+    monkeypatch.setattr(export, "open_program", lambda path, *, to: run)
+    assert main([str(weights), "--to", "torch-export"]) == 1
+    assert "was removed: only" in capsys.readouterr().err
+    assert not (tmp_path / "w.pt2").exists()
+    other.detector.roi_head.score_threshold = 0.05
+    assert main([str(weights), "--to", "torch-export"]) == 0
+    detects_nothing = [np.zeros((2, 20, 4), np.float32), np.zeros((2, 20), np.float32), np.zeros((2, 20), np.int64)]
+    monkeypatch.setattr(export, "open_program", lambda path, *, to: lambda images, sizes: [one[: len(images)] for one in detects_nothing])
+    assert main([str(weights), "--to", "torch-export", "model.test.score_threshold=1"]) == 1
+    assert "finds nothing" in capsys.readouterr().err
+    assert not (tmp_path / "w.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--to", "onxn"], "did you mean 'onnx'?"),
+        (["--to", "torch-export", "--output", "a.onnx"], "writes .pt2 files"),
+        (["--to", "torch-export", "--images", "nosuch.jpg"], "no image or video at nosuch.jpg"),
+        (["--to", "torch-export", "model.test.refine=true"], "the exported detector is the plain one"),
+        (["--to", "onnx", "model.roi.op=pool"], "no equal in ONNX"),
+    ],
+)
+def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    weights = write_detector(tmp_path / "w.safetensors", "model.head=fpn")
+    assert main([str(weights), *arguments]) == 1
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_masks_and_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = write_detector(tmp_path / "w.safetensors", "model.head=fpn", "model.mask=true")
+    assert main([str(weights), "--to", "torch-export"]) == 1
+    assert "masks" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([str(weights), "--to", "onnx"]) == 1
+    assert "pip install 'resbackbone[export]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+@pytest.mark.parametrize("head", ["fpn", "c4"])
+def test_r50_on_20_voc_images(voc_root: Path, unpacked_data: Path, tmp_path: Path, head: str, to: str) -> None:
+    """ResNet-50 from ImageNet weights with random heads: same boxes after matching, scores to 1e-3, at two sizes and two batch sizes."""
+    backbone = next(unpacked_data.rglob("resnet50_imagenet1k_fp16.safetensors"))
+    proposals = {"fpn": 50, "c4": 15}[head]  # conv5_x on each region takes most of the time
+    settings = [f"model.head={head}", "model.backbone.name=resnet50", f"model.backbone.weights={backbone}", "data.min_size=[160]"]
+    config = load_detection_config(None, [*settings, "data.max_size=256", f"model.roi.proposals_test={proposals}"])
+    torch.manual_seed(0)
+    detector = build_detector(config, 20)
+    for layer in (detector.rpn.cls_logits, detector.roi_head.cls_score):
+        nn.init.normal_(layer.weight, std=0.05)
+    config = resolved_config(config, detector)
+    weights = tmp_path / "w.safetensors"
+    save_weights(weights, detector.state_dict(), detector_metadata(config, [f"class{k}" for k in range(20)], detector))
+    pictures = [str(path) for path in sorted(voc_root.rglob("*.jpg"))[:20]]
+    assert len(pictures) == 20
+    said = export.export_detector(weights, to=to, images=pictures)
+    found, total = (int(word) for word in said.split(": ")[1].split(" boxes")[0].split(" of "))
+    assert total > 200, said
+    assert found >= 0.99 * total, said
