@@ -131,8 +131,8 @@ def _check_context(config: DetectionConfig, file: DetectorFile) -> None:
     trained = parse_detection_config(file.config, source=f"the config inside {file.path}").model.test.context
     if config.model.test.context != trained:
         raise InputError(
-            f"model.test.context={str(not trained).lower()}, but {file.path} was trained with {str(trained).lower()}: context is a part of the "
-            "network; leave it as it is, or train a detector with it"
+            f"model.test.context={str(not trained).lower()}, but {file.path} was trained with {str(trained).lower()}: context is a part of "
+            "the network; leave it as it is, or train a detector with it"
         )
 
 
