@@ -82,6 +82,8 @@ assert not timm.list_models("rb_*") and "rb_resnet18" not in encoders and "resba
     [("mmdet", "mmdet", "pip install mmengine mmcv mmdet"), ("detectron2", "detectron2", "no package registry has")],
 )
 def test_without_a_framework(integration: str, framework: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(f"{framework}.")]:
+        monkeypatch.delitem(sys.modules, name)  # what other tests have loaded would be found without its parent
     monkeypatch.setitem(sys.modules, framework, None)
     monkeypatch.delitem(sys.modules, f"resbackbone.integrations.{integration}", raising=False)
     with pytest.raises(InputError, match=message):
