@@ -141,7 +141,7 @@ def run_loop(
     A segmenter is trained by the same loop: a model is called with images and targets and gives its losses by name.
     """
     settings, device, precision = state.config.train, process.device, state.precision
-    model = _parallel(state.model, process)
+    model = distributed.parallel(state.model, process)
     if settings.compile:
         state.model.get_submodule("backbone").compile()
     timer, batches = StepTimer(device), iter(loader)
@@ -163,7 +163,7 @@ def run_loop(
             is_last = turn + 1 == settings.accumulate
             with timer.part("data"):
                 batch = next(batches).to(device)
-            with contextlib.nullcontext() if is_last else _without_sync(model), explain_out_of_memory(batch, settings):
+            with contextlib.nullcontext() if is_last else distributed.without_sync(model), explain_out_of_memory(batch, settings):
                 with timer.part("forward"), precision.autocast():
                     losses: dict[str, Tensor] = model(batch.images, batch.targets)
                     loss = torch.stack(list(losses.values())).sum() / settings.accumulate
@@ -179,16 +179,3 @@ def run_loop(
             state.save()  # before the evaluation, which a kill may cut short; it is made up for on resuming
         if distributed.any_process(signals.requested is not None):
             raise Interrupted(signals.requested or 143)
-
-
-def _without_sync(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Gradients of all but the last of several accumulated passes stay where they are; only the last exchanges them."""
-    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
-
-
-def _parallel(model: nn.Module, process: distributed.Process) -> nn.Module:
-    """The model, wrapped in DistributedDataParallel where there are several processes."""
-    if process.world_size == 1:
-        return model
-    device_ids = [process.local_rank] if process.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resbackbone.classification.config import ClassificationConfig
 from resbackbone.classification.evaluate import Evaluator, Split, load_split
@@ -117,7 +117,7 @@ def _loop(
 ) -> StepTimer:
     """One optimiser step a turn: data, forward, backward, optimiser; then log, evaluate, save, as the step number says."""
     settings, device, precision = state.config.train, process.device, state.precision
-    model, normalize = _parallel(state.net, process), normalizer_of(state.net).to(device)
+    model, normalize = distributed.parallel(state.net, process), normalizer_of(state.net).to(device)
     mix = BatchMixer(settings, len(state.classes))
     if settings.compile:
         state.net.compile()
@@ -137,7 +137,7 @@ def _loop(
                 with timer.part("data"):
                     batch: Batch = next(batches).to(device)
                 is_last = turn + 1 == settings.accumulate
-                with contextlib.nullcontext() if is_last else _without_sync(model):
+                with contextlib.nullcontext() if is_last else distributed.without_sync(model):
                     with timer.part("forward"), precision.autocast():
                         images, labels = mix(normalize(batch.images, batch.shifts), batch.labels, number=state.sampler.batches_done + turn)
                         logits = model(images)
@@ -197,16 +197,3 @@ def _recompute_statistics(state: TrainState, split: Split, log: RunLog, process:
     with state.precision.autocast():
         images = recompute_statistics(state.evaluated_net, batches())
     log.message(f"batch norm's statistics computed anew over {images} training images")
-
-
-def _without_sync(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Gradients of all but the last of several accumulated passes stay where they are; only the last exchanges them."""
-    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
-
-
-def _parallel(net: nn.Module, process: distributed.Process) -> nn.Module:
-    """The network, wrapped in DistributedDataParallel where there are several processes."""
-    if process.world_size == 1:
-        return net
-    device_ids = [process.local_rank] if process.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=device_ids, broadcast_buffers=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from resbackbone.errors import InputError
 
@@ -77,6 +79,19 @@ def mean_across_processes(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def parallel(model: nn.Module, process: Process) -> nn.Module:
+    """The model, wrapped in DistributedDataParallel where there are several processes."""
+    if process.world_size == 1:
+        return model
+    device_ids = [process.local_rank] if process.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def without_sync(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Gradients of all but the last of several accumulated passes stay where they are; only the last exchanges them."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
 
 
 def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
