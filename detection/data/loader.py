@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import multiprocessing
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from detection.structures import Batch
 from resbackbone.errors import InputError
+from resbackbone.runtime.distributed import worker_start_method
 from resbackbone.runtime.sampler import ResumableBatchSampler
 
 from .arrays import SHARED_MEMORY_HELP, check_shared_memory
@@ -107,7 +107,7 @@ class BatchLoader:
         if workers:
             check_shared_memory(dataset.unreadable.nbytes + workers * _QUEUE_BYTES, what=f"starting {workers} workers")
             dataset.unreadable.share_memory_()
-        self.context = context or ("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+        self.context = context or worker_start_method()
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]  # endless in training: TypeError, rightly

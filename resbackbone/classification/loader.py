@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from resbackbone.classification.dataset import (
 )
 from resbackbone.classification.sources import Source
 from resbackbone.errors import InputError
-from resbackbone.runtime.distributed import Process
+from resbackbone.runtime.distributed import Process, worker_start_method
 from resbackbone.runtime.sampler import ResumableBatchSampler
 from resbackbone.runtime.signals import ignore_signals_in_worker
 
@@ -90,7 +89,7 @@ class BatchLoader:
     """Iterates over batches that workers prepare ahead, from the sampler's position on. `unreadable()` counts the images skipped so far."""
 
     def __init__(self, reader: _Reader, batches: Any, *, workers: int, context: str | None = None) -> None:
-        self.reader, self.batches, self.workers, self.context = reader, batches, workers, worker_context(context)
+        self.reader, self.batches, self.workers, self.context = reader, batches, workers, context or worker_start_method()
         if workers:
             reader.dataset.unreadable.share_memory_()
 
@@ -133,11 +132,6 @@ def raise_errors(loader: Any) -> Iterator[Any]:
         if "killed by signal: killed" in text:
             raise InputError("a data worker was killed, most likely because memory ran out; set fewer data.workers") from error
         raise
-
-
-def worker_context(context: str | None) -> str:
-    """How workers start: fork where there is one, since it starts at once and shares memory by itself."""
-    return context or ("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
 
 
 def start_worker(worker: int) -> None:

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from resbackbone.classification.config import ClassificationConfig
 from resbackbone.classification.dataset import EvalTransform, TrainTransform, Views
 from resbackbone.classification.files import UnreadableImage
-from resbackbone.classification.loader import Batch, collate, raise_errors, start_worker, worker_context
+from resbackbone.classification.loader import Batch, collate, raise_errors, start_worker
 from resbackbone.classification.shards import ShardIndex, read_shard
 from resbackbone.errors import InputError
-from resbackbone.runtime.distributed import Process
+from resbackbone.runtime.distributed import Process, worker_start_method
 from resbackbone.runtime.random_state import item_seed
 from resbackbone.runtime.sampler import shuffled
 
@@ -157,7 +157,7 @@ class StreamLoader:
     """Endless training batches from shards, in the order of the sampler and from its position on."""
 
     def __init__(self, stream: _TrainStream, *, workers: int, context: str | None) -> None:
-        self.stream, self.context = stream, worker_context(context)
+        self.stream, self.context = stream, context or worker_start_method()
         self.workers = min(workers, len(stream.lanes))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -242,7 +242,7 @@ def eval_stream(config: ClassificationConfig, index: ShardIndex, process: Proces
         batch_size=config.eval.batch_size,
         skip_unreadable=config.data.unreadable == "skip",
     )
-    return raise_errors(_data_loader(stream, config.data.workers, worker_context(context)))
+    return raise_errors(_data_loader(stream, config.data.workers, context or worker_start_method()))
 
 
 def _data_loader(stream: IterableDataset, workers: int, context: str) -> DataLoader[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import multiprocessing
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -92,6 +93,15 @@ def parallel(model: nn.Module, process: Process) -> nn.Module:
 def without_sync(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Gradients of all but the last of several accumulated passes stay where they are; only the last exchanges them."""
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+
+
+def worker_start_method() -> str:
+    """How data workers start: fork where there is one, since it starts at once and shares memory by itself; beside other processes, spawn.
+
+    Threads of gloo take locks of the interpreter as they finish their work. A child forked at such a moment waits for the lock for
+    ever, and with it every process (seen with Python 3.11).
+    """
+    return "fork" if world_size() == 1 and "fork" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -30,6 +31,7 @@ result = {
     "carries_gradient": mean.requires_grad,
     "gathered": d.gather_objects({"rank": me, "text": "x" * (me + 1)}),
     "any": [d.any_process(me == 1), d.any_process(False), d.any_process(True)],
+    "workers": d.worker_start_method(),
 }
 d.barrier()
 d.shutdown()
@@ -54,6 +56,7 @@ def test_one_process() -> None:
     assert distributed.gather_objects("x") == ["x"]
     assert distributed.any_process(True) is True
     assert distributed.any_process(False) is False
+    assert distributed.worker_start_method() == ("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     distributed.barrier()
     distributed.shutdown()
 
@@ -79,6 +82,7 @@ def test_two_gloo_processes(repository: Path) -> None:
         assert result["carries_gradient"] is False
         assert result["gathered"] == [{"rank": 0, "text": "x"}, {"rank": 1, "text": "xx"}]
         assert result["any"] == [True, False, True]
+        assert result["workers"] == "spawn"  # a fork beside gloo's threads may never return
         assert result["after"] == [0, 1]
 
 
