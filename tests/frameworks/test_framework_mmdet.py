@@ -144,7 +144,7 @@ def test_detectors_are_theirs_with_their_weights(kind: str, tmp_path: Path) -> N
         ("resnet18", "v1.5"),
         ("resnet18", "v2"),
         ("resnet50", "v2"),
-        *(pytest.param("resnet101", variant, marks=pytest.mark.slow) for variant in ("v1", "v1.5", "v2")),
+        *(("resnet101", variant) for variant in ("v1", "v1.5", "v2")),
     ],
 )
 def test_other_networks_train_and_stay_frozen(name: str, variant: str) -> None:

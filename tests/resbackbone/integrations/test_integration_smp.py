@@ -27,7 +27,7 @@ CASES = [
     ("Unet", "rb_resnet50_v1"),
     ("FPN", "rb_resnet50"),
     ("DeepLabV3Plus", "rb_resnet50_v2"),
-    *(pytest.param("FPN", f"rb_resnet101{suffix}", marks=pytest.mark.slow) for suffix in ("", "_v1", "_v2")),
+    *(("FPN", f"rb_resnet101{suffix}") for suffix in ("", "_v1", "_v2")),
 ]
 
 

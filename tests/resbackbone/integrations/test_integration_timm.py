@@ -22,7 +22,7 @@ timm = pytest.importorskip("timm")
 from resbackbone.integrations import timm as integration  # noqa: E402
 
 NAMES = ["rb_resnet18", "rb_resnet18_v2", "rb_resnet50", "rb_resnet50_v1", "rb_resnet50_v2"]
-DEEP = [pytest.param(f"rb_resnet101{suffix}", marks=pytest.mark.slow) for suffix in ("", "_v1", "_v2")]
+DEEP = [f"rb_resnet101{suffix}" for suffix in ("", "_v1", "_v2")]
 
 
 @pytest.fixture(scope="module", autouse=True)

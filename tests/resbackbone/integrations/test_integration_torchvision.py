@@ -36,7 +36,7 @@ FROZEN = {"norm": "frozen", "allow_random_frozen": True}
 VARIANTS = [
     *(("resnet18", variant) for variant in ("v1", "v1.5", "v2")),
     *(("resnet50", variant) for variant in ("v1", "v1.5", "v2")),
-    *(pytest.param("resnet101", variant, marks=pytest.mark.slow) for variant in ("v1", "v1.5", "v2")),
+    *(("resnet101", variant) for variant in ("v1", "v1.5", "v2")),
 ]
 
 
