@@ -1,9 +1,11 @@
-"""Detect in files and videos: a drawn copy and a JSON for each."""
+"""Detect in files and videos: a drawn copy and a JSON for each. Reading, the network and drawing work at the same time."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,14 @@ import numpy as np
 
 from detection.draw import draw_detections, save_image
 from detection.inputs import Frame, expand, frames_of
+from detection.pipeline import overlapped
 from detection.predict import Predictor
 from detection.structures import Detections
 from resbackbone.errors import InputError
+
+# What travels between the stages: the number of the source, and a frame of it or why there is none.
+Read = tuple[int, Frame | InputError]
+Seen = tuple[int, tuple[Frame, Detections] | InputError]
 
 
 def detect_all(
@@ -24,27 +31,69 @@ def detect_all(
     output.mkdir(parents=True, exist_ok=True)
     drawn: list[Path] = []
     complaints: list[str] = []
-    for source, stem in zip(sources := expand(inputs), _distinct_stems(sources), strict=True):
-        try:
-            path, count = _detect_one(predictor, source, output / stem, threshold)
-        except InputError as error:
-            complaints.append(str(error))
-            log(f"skipped: {error}")
-            continue
-        drawn.append(path)
-        log(f"{source}: {count} detections of at least {threshold:g} → {path}")
+    sources = expand(inputs)
+    targets = [output / stem for stem in _distinct_stems(sources)]
+    given_up: set[int] = set()  # sources of which no more is wanted: without it a camera would go on for ever
+    seen = overlapped(_look(predictor, overlapped(_read(sources, given_up)), given_up))
+    with contextlib.closing(seen):
+        for number, of_source in itertools.groupby(seen, key=lambda item: item[0]):
+            source = sources[number]
+            try:
+                path, count = _write(source, targets[number], (result for _, result in of_source), predictor.classes, threshold)
+            except InputError as error:
+                given_up.add(number)
+                complaints.append(str(error))
+                log(f"skipped: {error}")
+                continue
+            drawn.append(path)
+            log(f"{source}: {count} detections of at least {threshold:g} → {path}")
     return drawn, complaints
 
 
-def _detect_one(predictor: Predictor, source: str, target: Path, threshold: float) -> tuple[Path, int]:
+def _read(sources: Sequence[str], given_up: set[int]) -> Generator[Read, None, None]:
+    """The first stage: the frames of all sources, one after the other."""
+    for number, source in enumerate(sources):
+        try:
+            with contextlib.closing(frames_of(source)) as frames:
+                for frame in frames:
+                    yield number, frame
+                    if number in given_up:
+                        break
+        except InputError as error:
+            yield number, error
+
+
+def _look(predictor: Predictor, frames: Generator[Read, None, None], given_up: set[int]) -> Generator[Seen, None, None]:
+    """The second stage: what the detector finds in each frame."""
+    with contextlib.closing(frames):
+        for number, frame in frames:
+            if number in given_up:
+                continue
+            try:
+                yield number, frame if isinstance(frame, InputError) else (frame, predictor(frame.image))
+            except InputError as error:
+                given_up.add(number)
+                yield number, error
+
+
+def _write(
+    source: str,
+    target: Path,
+    results: Iterable[tuple[Frame, Detections] | InputError],
+    classes: tuple[str, ...],
+    threshold: float,
+) -> tuple[Path, int]:
+    """The last stage, of one source: draw, encode, write. Returns the drawn file and how many boxes it shows; raises its InputError."""
     records: list[dict[str, Any]] = []
     writer: cv2.VideoWriter | None = None
     path = target.with_name(target.name + ".jpg")
     try:
-        for frame in frames_of(source):
-            found = predictor(frame.image)
-            records.append(_as_json(frame, found, predictor.classes))
-            picture = draw_detections(frame.image, found, predictor.classes, threshold=threshold)
+        for result in results:
+            if isinstance(result, InputError):
+                raise result
+            frame, found = result
+            records.append(_as_json(frame, found, classes))
+            picture = draw_detections(frame.image, found, classes, threshold=threshold)
             if frame.index is None:
                 save_image(path, picture)
                 continue

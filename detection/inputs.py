@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def expand(inputs: list[str]) -> list[str]:
     return found
 
 
-def frames_of(source: str) -> Iterator[Frame]:
+def frames_of(source: str) -> Generator[Frame, None, None]:
     """The frames of one file or camera; InputError names a file that cannot be read."""
     if not source.isdigit() and Path(source).suffix.lower() not in VIDEOS:
         yield Frame(name=Path(source).name, image=read_image(Path(source)))
@@ -54,7 +54,7 @@ def frames_of(source: str) -> Iterator[Frame]:
     yield from _video_frames(source)
 
 
-def _video_frames(source: str) -> Iterator[Frame]:
+def _video_frames(source: str) -> Generator[Frame, None, None]:
     import cv2
 
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)

@@ -29,7 +29,8 @@ def explain_out_of_memory(batch: Batch, settings: TrainConfig) -> Iterator[None]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise InputError(f"{_what_happened(batch)}. {_what_helps(settings)} ({str(error).splitlines()[0][:120]})") from error
+        helps = what_helps(settings, batch_size=settings.batch_size)
+        raise InputError(f"{_what_happened(batch)}. {helps} ({str(error).splitlines()[0][:120]})") from error
 
 
 def _what_happened(batch: Batch) -> str:
@@ -40,13 +41,13 @@ def _what_happened(batch: Batch) -> str:
     return f"out of memory in a training step on {len(images)} images: {', '.join(images)}"
 
 
-def _what_helps(settings: TrainConfig) -> str:
-    """The cheapest first."""
+def what_helps(settings: TrainConfig, *, batch_size: int) -> str:
+    """What to set where a batch of that size doesn't fit, the cheapest first."""
     ways = []
     if settings.precision == "fp32":
         ways.append("train.precision=bf16 (about half)")
-    if settings.batch_size > 1:
-        half = settings.batch_size // 2
+    if batch_size > 1:
+        half = batch_size // 2
         ways.append(f"train.batch_size={half} train.accumulate={2 * settings.accumulate} (the same step in smaller parts)")
     ways += ["model.backbone.checkpointing=true (a third more time)", "smaller data.min_size and data.max_size"]
     return f"Set {'; or '.join(ways)}"

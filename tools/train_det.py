@@ -1,4 +1,4 @@
-"""Train a detector: python tools/train_det.py --config C.yaml [--output DIR] [--resume auto|PATH] [key.path=value ...]"""
+"""Train a detector: python tools/train_det.py --config C.yaml [--output DIR] [--resume auto|PATH] [--largest-batch] [key.path=value ...]"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--replay", type=Path, metavar="DIR", help="run the batch of a nonfinite/ folder again and name the first bad module")
     parser.add_argument("--output", type=Path, help="folder for the run (default: runs/<name of the config>)")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint of --output, or from a given one")
+    parser.add_argument("--largest-batch", action="store_true", help="don't train: measure the largest train.batch_size that fits")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that differ from the file")
     return parser.parse_intermixed_args(argv)
@@ -30,6 +31,11 @@ def run(args: argparse.Namespace) -> None:
     from detection.train import train
 
     config = load_detection_config(args.config, args.overrides)
+    if args.largest_batch:
+        from detection.largest_batch import largest_batch
+
+        largest_batch(config)
+        return
     by_protocol = {"joint": train, "alternating": train_alternating}[config.train.protocol]
     result = by_protocol(config, args.output or Path("runs") / args.config.stem, resume=args.resume)
     print(f"{result.primary} {result.metrics[result.primary]:.3f}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,8 +17,10 @@ import torch
 from detection.build import build_detector
 from detection.config import load_detection_config
 from detection.detect import detect_all
-from detection.inputs import expand
+from detection.draw import draw_detections
+from detection.inputs import Frame, expand, frames_of
 from detection.predict import Predictor, detector_metadata, resolve_config
+from detection.structures import Detections
 from resbackbone.errors import InputError
 from resbackbone.runtime.checkpoint import save_weights
 from tools.detect import parse
@@ -89,6 +95,121 @@ def test_one_unreadable_file_does_not_stop_the_others(predictor: Predictor, phot
     drawn, complaints = detect_all(predictor, [str(photos / "*.jpg")], tmp_path / "out", log=lambda text: None)
     assert len(drawn) == 2
     assert "broken.jpg" in complaints[0]
+
+
+def write_clip(path: Path, frames: int) -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 64))
+    for number in range(frames):
+        writer.write(np.random.default_rng(number).integers(0, 256, (8, 12, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1))
+    writer.release()
+    return path
+
+
+def one_after_the_other(predictor: Predictor, source: Path, output: Path) -> None:
+    """What `detect_all` writes for one readable file, with nothing at the same time."""
+    output.mkdir(exist_ok=True)
+    records, pictures = [], []
+    frames = list(frames_of(str(source)))
+    for frame in frames:
+        found = predictor(frame.image)
+        rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+        record = {} if frame.index is None else {"frame": frame.index}
+        record |= {"width": frame.image.shape[1], "height": frame.image.shape[0]}
+        record["detections"] = [
+            {"label": predictor.classes[label - 1], "score": round(score, 4), "box_xyxy": [round(side, 1) for side in box]}
+            for label, score, box in rows
+        ]
+        records.append(record)
+        pictures.append(draw_detections(frame.image, found, predictor.classes, threshold=0.0)[..., ::-1])
+    content = {"source": str(source)} | ({"frames": records} if frames[0].index == 0 else records[0])
+    (output / f"{source.stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    if frames[0].index is None:
+        cv2.imwrite(str(output / f"{source.stem}.jpg"), pictures[0], [cv2.IMWRITE_JPEG_QUALITY, 90])
+        return
+    writer = cv2.VideoWriter(str(output / f"{source.stem}.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, pictures[0].shape[1::-1])
+    for picture in pictures:
+        writer.write(np.ascontiguousarray(picture))
+    writer.release()
+
+
+def test_stages_at_once_change_no_byte_and_no_order(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    (photos / "broken.jpg").write_bytes(b"<html>")
+    (photos / "empty.mp4").write_bytes(b"")
+    write_clip(photos / "clip.mp4", 7)
+    write_clip(photos / "zoo.mp4", 1)
+    said: list[str] = []
+    drawn, complaints = detect_all(predictor, [str(photos)], tmp_path / "out", threshold=0.0, log=said.append)
+    assert [path.name for path in drawn] == ["clip.mp4", "photo0.jpg", "photo1.jpg", "zoo.mp4"]
+    assert ["broken.jpg" in complaints[0], "empty.mp4" in complaints[1], len(complaints)] == [True, True, 2]
+    assert [line.split(":")[0].rpartition("/")[2] for line in said] == [
+        "skipped",
+        "clip.mp4",
+        "skipped",
+        "photo0.jpg",
+        "photo1.jpg",
+        "zoo.mp4",
+    ]
+    for path in drawn:
+        one_after_the_other(predictor, photos / path.name, tmp_path / "wanted")
+    wanted = sorted((tmp_path / "wanted").iterdir())
+    assert [path.name for path in wanted] == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for path in wanted:
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+class Failing:
+    """The predictor up to its third frame, then an error."""
+
+    def __init__(self, predictor: Predictor, error: BaseException) -> None:
+        self.predictor, self.classes, self.error, self.frames = predictor, predictor.classes, error, 0
+
+    def __call__(self, image: np.ndarray) -> Detections:
+        self.frames += 1
+        if self.frames == 3:
+            raise self.error
+        return self.predictor(image)
+
+
+def endless(source: str) -> Iterator[Frame]:
+    """A camera."""
+    for index in itertools.count():
+        yield Frame(name=source, image=np.zeros((64, 96, 3), np.uint8), index=index)
+
+
+def test_what_the_detector_refuses_ends_its_source_only(
+    predictor: Predictor, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detection.detect.frames_of", lambda source: endless(source) if source == "0" else frames_of(source))
+    failing: Any = Failing(predictor, InputError("too small a picture"))
+    drawn, complaints = detect_all(failing, ["0", str(photos / "photo0.jpg")], tmp_path, log=lambda text: None)
+    assert complaints == ["too small a picture"]
+    assert [path.name for path in drawn] == ["photo0.jpg"]
+    assert not (tmp_path / "camera0.json").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken kernel"), MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_any_other_error_ends_all_and_arrives(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr("detection.detect.frames_of", endless)
+    failing: Any = Failing(predictor, error)
+    threads = threading.active_count()
+    with pytest.raises(type(error)) as caught:
+        detect_all(failing, ["0"], tmp_path)
+    assert caught.value is error
+    assert threading.active_count() == threads
+    capture = cv2.VideoCapture(str(tmp_path / "camera0.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 2, "the drawn frames before it are in a video that opens"
+
+
+def test_a_full_disk_ends_all_and_arrives(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detection.detect.frames_of", endless)
+    drawing = Failing(predictor, OSError(28, "No space left on device"))
+    monkeypatch.setattr("detection.detect.draw_detections", lambda image, found, classes, threshold: drawing(image) and image)
+    threads = threading.active_count()
+    with pytest.raises(OSError, match="No space left"):
+        detect_all(predictor, ["0"], tmp_path)
+    assert threading.active_count() == threads
 
 
 def test_same_names_do_not_overwrite_each_other(predictor: Predictor, photos: Path, tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""How much memory a process may still take: what the machine has left, and what its control group allows it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Of a control group: its limit, what it uses, and which line of memory.stat counts the files that the kernel would drop for it.
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def available_mb(*, meminfo: Path = MEMINFO, own_groups: Path = OWN_GROUPS, groups: Path = GROUPS) -> float:
+    """Memory in MB (10^6 bytes) that this process and others beside it may still take before something must go.
+
+    Linux: MemAvailable, or what a container's limit leaves if that is less. Elsewhere all of the machine's memory.
+    """
+    if not meminfo.is_file():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    left = [int(lines["MemAvailable"].split()[0]) * 1024]
+    for line in own_groups.read_text().splitlines() if own_groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            left += _left_of(groups, path, VERSION_2)
+        elif "memory" in controllers.split(","):
+            left += _left_of(groups / "memory", path, VERSION_1)
+    return max(0, min(left)) / 1e6
+
+
+def _left_of(root: Path, path: str, names: tuple[str, str, str]) -> list[int]:
+    """Bytes that a group and each group around it leave, where they have a limit."""
+    limit_name, usage_name, files_name = names
+    group, left = root / path.strip("/"), []
+    for folder in (group, *group.parents):
+        if folder.is_relative_to(root) and (folder / limit_name).is_file():  # inside a container the outer ones aren't there
+            limit = (folder / limit_name).read_text().strip()
+            if limit != "max":
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left.append(int(limit) - int((folder / usage_name).read_text()) + int(statistics.get(files_name, 0)))
+    return left
