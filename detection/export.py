@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from detection.config import DetectionConfig
+from detection.context import ContextRoIHead
 from detection.data import load_source
 from detection.data.images import read_image, resize_image, resized_size
 from detection.exportable import NOTHING, ExportableDetector, suppress
@@ -30,22 +31,28 @@ from resbackbone.export import MAX_IMAGES, MAX_SIDE, Graph, Run, check_format, o
 from resbackbone.weights import read_state_dict
 
 LEAST_CELLS = 3  # rows of 32 pixels: below, the pyramid's p6 is one cell, which torch.export takes for a broadcast
-SAME_BOX, SAME_SCORE = 0.99, 1e-3  # IoU and score of one box in both
+SAME_BOX, SAME_SCORE, SAME_MASK = 0.99, 1e-3, 0.02  # IoU, score and every probability of the mask of one box in both
 MAX_UNMATCHED = 0.01  # share of boxes: scores next to the threshold and overlaps next to NMS's fall to either side by rounding
 SYNTHETIC = 4  # drawn images, where nobody names real ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far program and detector agree: detections of both, those without a partner, and the largest differences of the others."""
+    """How far program and detector agree: detections of both, those without a partner, and the largest differences of the others.
+
+    mask: of any probability; None where there are no masks. One whose mask differs has no partner.
+    """
 
     boxes: int
     unmatched: int
     score: float
     pixels: float
+    mask: float | None
 
     def __str__(self) -> str:
-        return f"{self.boxes - self.unmatched} of {self.boxes} boxes matched, scores to {self.score:.1e}, corners to {self.pixels:.1e} px"
+        masks = "" if self.mask is None else f", masks to {self.mask:.1e}"
+        found = f"{self.boxes - self.unmatched} of {self.boxes} boxes matched"
+        return f"{found}, scores to {self.score:.1e}, corners to {self.pixels:.1e} px{masks}"
 
     @property
     def holds(self) -> bool:
@@ -85,12 +92,10 @@ def export_detector(
 
 
 def _check_exportable(detector: torch.nn.Module, config: DetectionConfig, to: str) -> None:
-    if config.model.mask:
-        raise InputError("a detector with masks (model.mask=true) can't be exported; masks aren't written yet, train one without")
-    if type(detector) is not FasterRCNN or type(detector.roi_head) is not RoIHead:
+    if type(detector) is not FasterRCNN or type(detector.roi_head) not in (RoIHead, ContextRoIHead):
         raise InputError(
-            "the exported detector is the plain one: it has no context, and refinement, scales and mirror images are left out; "
-            "set model.test.refine=false model.test.scales=null model.test.flip=false, and train without model.test.context"
+            "the exported detector looks at each image once: refinement, scales and mirror images are left out; "
+            "set model.test.refine=false model.test.scales=null model.test.flip=false"
         )
     if config.model.roi.op == "pool" and to == "onnx":
         raise InputError("model.roi.op=pool has no equal in ONNX; take --to torch-export, or train with model.roi.op=align")
@@ -103,11 +108,14 @@ def _test_sizes(config: DetectionConfig) -> tuple[int, int]:
 
 
 def detector_graph(detector: FasterRCNN, config: DetectionConfig, classes: Sequence[str], *, to: str) -> Graph:
-    """images (N, 3, H, W) uint8 RGB and sizes (N, 2) int64 → boxes (N, D, 4), scores (N, D), labels (N, D); N, H and W vary."""
+    """images (N, 3, H, W) uint8 RGB and sizes (N, 2) int64 → boxes (N, D, 4), scores (N, D), labels (N, D) [, masks (N, D, M, M)].
+
+    N, H and W vary.
+    """
     # Channels first: torch.export would guard on the strides of channels_last maps, and so on the images' sizes.
     module = copy.deepcopy(detector).eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    assert isinstance(module.roi_head.pooler, RegionPooler)
-    module.roi_head.pooler.compiled_op = True
+    for pooler in (part for part in module.modules() if isinstance(part, RegionPooler)):
+        pooler.compiled_op = True
     how, translations = _suppress_in_onnx() if to == "onnx" else (suppress, None)
     count = torch.export.Dim("images", min=1, max=MAX_IMAGES)
     rows, columns = (torch.export.Dim(name, min=LEAST_CELLS, max=MAX_SIDE // 32) for name in ("rows", "columns"))
@@ -117,7 +125,7 @@ def detector_graph(detector: FasterRCNN, config: DetectionConfig, classes: Seque
         example=(torch.zeros((2, 3, side, side + 32), dtype=torch.uint8), torch.tensor([[side, side]] * 2)),
         shapes={"images": {0: count, 2: 32 * rows, 3: 32 * columns}, "sizes": {0: count}},
         inputs=("images", "sizes"),
-        outputs=("boxes", "scores", "labels"),
+        outputs=("boxes", "scores", "labels") if detector.mask_head is None else ("boxes", "scores", "labels", "masks"),
         metadata={
             "classes": json.dumps(list(classes)),
             "min_size": str(config.data.min_size[-1]),
@@ -155,20 +163,33 @@ def _drawn() -> list[np.ndarray]:
 
 def compare(detector: FasterRCNN, run: Run, pictures: Sequence[np.ndarray], *, sizes: Sequence[int], max_size: int) -> Parity:
     """The detector's boxes beside the program's, for every picture at every shorter side, alone and beside its mirror image."""
-    unmatched, total, score, pixels = 0, 0, 0.0, 0.0
+    pairs: list[tuple[Detections, Detections, Tensor]] = []
     for picture in pictures:
         for size in sizes:
             height, width = resized_size(*picture.shape[:2], min_size=size, max_size=max_size)
             image = torch.from_numpy(resize_image(picture, (height, width)).copy()).permute(2, 0, 1)
             for batch in ([image], [image, image.flip(2)]):
                 for mine, theirs in zip(detector.detect(batch), _run(run, batch, detector), strict=True):
-                    partner = _partners(mine, theirs)
-                    chosen, paired = partner >= 0, partner[partner >= 0]
-                    total += max(len(mine), len(theirs))
-                    unmatched += max(len(mine), len(theirs)) - len(paired)
-                    score = max([score, *(mine.scores[chosen] - theirs.scores[paired]).abs().tolist()])
-                    pixels = max([pixels, *(mine.boxes[chosen] - theirs.boxes[paired]).abs().flatten().tolist()])
-    return Parity(boxes=total, unmatched=unmatched, score=score, pixels=pixels)
+                    pairs.append((mine, theirs, _partners(mine, theirs)))
+    matched = [(mine[partner >= 0], theirs[partner[partner >= 0]]) for mine, theirs, partner in pairs]
+    total = sum(max(len(mine), len(theirs)) for mine, theirs, _ in pairs)
+    return Parity(
+        boxes=total,
+        unmatched=total - sum(len(mine) for mine, _ in matched),
+        score=max((_apart(mine.scores, theirs.scores) for mine, theirs in matched), default=0.0),
+        pixels=max((_apart(mine.boxes, theirs.boxes) for mine, theirs in matched), default=0.0),
+        mask=None if detector.mask_head is None else max((_masks_apart(*pair) for pair in matched), default=0.0),
+    )
+
+
+def _apart(mine: Tensor, theirs: Tensor) -> float:
+    return float((mine - theirs).abs().max()) if mine.numel() else 0.0
+
+
+def _masks_apart(mine: Detections, theirs: Detections) -> float:
+    assert mine.masks is not None
+    assert theirs.masks is not None
+    return _apart(mine.masks, theirs.masks)
 
 
 def _run(run: Run, images: Sequence[Tensor], detector: FasterRCNN) -> Iterator[Detections]:
@@ -178,10 +199,10 @@ def _run(run: Run, images: Sequence[Tensor], detector: FasterRCNN) -> Iterator[D
     batch: np.ndarray = np.zeros((len(images), 3, rows, columns), dtype=np.uint8)
     for place, image in zip(batch, images, strict=True):
         place[:, :height, :width] = image.numpy()
-    boxes, scores, labels = run(batch, np.array([[height, width]] * len(images), dtype=np.int64))
-    for box, score, label in zip(boxes, scores, labels, strict=True):
-        kept = score > 0
-        yield Detections(boxes=torch.from_numpy(box[kept]), scores=torch.from_numpy(score[kept]), labels=torch.from_numpy(label[kept]))
+    outputs = run(batch, np.array([[height, width]] * len(images), dtype=np.int64))
+    for one in zip(*outputs, strict=True):
+        boxes, scores, labels, *masks = (torch.from_numpy(output[one[1] > 0]) for output in one)
+        yield Detections(boxes=boxes, scores=scores, labels=labels, masks=masks[0] if masks else None)
 
 
 def _partners(mine: Detections, theirs: Detections) -> Tensor:
@@ -191,7 +212,11 @@ def _partners(mine: Detections, theirs: Detections) -> Tensor:
     partner = torch.full((len(mine),), -1)
     for row in range(len(mine) if len(theirs) else 0):
         best = int(iou[row].argmax())
-        if iou[row, best] >= SAME_BOX:
+        if iou[row, best] >= SAME_BOX and _is_same_mask(mine, row, theirs, best):
             partner[row] = best
             iou[:, best] = 0
     return partner
+
+
+def _is_same_mask(mine: Detections, row: int, theirs: Detections, best: int) -> bool:
+    return mine.masks is None or (theirs.masks is not None and _apart(mine.masks[row], theirs.masks[best]) <= SAME_MASK)

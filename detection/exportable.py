@@ -1,7 +1,8 @@
 """A detector as one graph of tensors, for torch.export and ONNX: `FasterRCNN.detect` without a loop over images.
 
-N images, P proposals an image, K foreground classes, D detections an image. The same arithmetic as rpn.py and roi_head.py; but where
-those drop what is not wanted, here it stays in its place with the score NOTHING, so that every shape follows from the input's.
+N images, P proposals an image, K foreground classes, D detections an image, M × M masks inside their box. The same arithmetic as rpn.py,
+roi_head.py, context.py and mask_head.py; but where those drop what is not wanted, here it stays in its place with the score NOTHING, so
+that every shape follows from the input's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from detection.boxes import REGION_WEIGHTS, decode
+from detection.context import ContextRoIHead
 from detection.faster_rcnn import FasterRCNN
+from detection.mask_head import RegionTop
 from detection.pooling import RegionPooler
 from detection.roi_head import MIN_SIDE_PX as LEAST_DETECTION
 from detection.roi_head import RoIHead
@@ -45,20 +48,26 @@ def suppress(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
 
 
 class ExportableDetector(nn.Module):
-    """Images, their sizes → boxes (N, D, 4), scores (N, D), labels (N, D), best first; where a score is 0 there is no detection."""
+    """Images, their sizes → boxes (N, D, 4), scores (N, D), labels (N, D), best first; where a score is 0 there is no detection.
+
+    A detector with a mask branch gives masks (N, D, M, M) as well, probabilities inside each box.
+    """
 
     def __init__(self, detector: FasterRCNN, *, suppress: Suppress = suppress) -> None:
         super().__init__()
         self.detector, self.suppress = detector, suppress
 
-    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """images: (N, 3, H, W) uint8 RGB, H and W multiples of 32, each image in the upper left corner.
 
         sizes: (N, 2) int64, height and width of each.
         """
         features = self.detector.backbone(self._normalized(images, sizes))
-        boxes = self._propose(features, (images.shape[-2], images.shape[-1]), sizes)
-        return self._detect(features, boxes, sizes)
+        proposals = self._propose(features, (images.shape[-2], images.shape[-1]), sizes)
+        boxes, scores, labels = self._detect(features, proposals, sizes)
+        if self.detector.mask_head is None:
+            return boxes, scores, labels
+        return boxes, scores, labels, self._masks(features, boxes, labels)
 
     def _normalized(self, images: Tensor, sizes: Tensor) -> Tensor:
         preprocess = self.detector.preprocess
@@ -84,7 +93,7 @@ class ExportableDetector(nn.Module):
 
     def _detect(self, features: Mapping[str, Tensor], proposals: tuple[Tensor, Tensor], sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         head, (regions, is_proposal) = self.detector.roi_head, proposals
-        hidden = self._describe(features, regions)
+        hidden = self._describe(features, regions, sizes)
         scores = head.cls_score(hidden).float().softmax(dim=1).unflatten(0, regions.shape[:2])[:, :, 1:]
         deltas = head.bbox_pred(hidden).unflatten(1, (-1, 4)).unflatten(0, regions.shape[:2])[:, :, 1:]
         boxes = _clip(decode(deltas, regions[:, :, None], REGION_WEIGHTS).flatten(1, 2), sizes).unflatten(1, scores.shape[1:])
@@ -96,12 +105,35 @@ class ExportableDetector(nn.Module):
         label = torch.where(found, index // scores.shape[2] + 1, 0)
         return _take(boxes.flatten(1, 2), index) * found[:, :, None], score.clamp(min=0), label
 
-    def _describe(self, features: Mapping[str, Tensor], regions: Tensor) -> Tensor:
+    def _describe(self, features: Mapping[str, Tensor], regions: Tensor, sizes: Tensor) -> Tensor:
         """What the region head's last layers read of regions (N, P, 4): (N · P, C)."""
+        hidden = self._of_regions(features, regions)
+        if not isinstance(self.detector.roi_head, ContextRoIHead):
+            return hidden
+        whole = torch.cat((torch.zeros_like(sizes), sizes.flip(1)), dim=1).to(regions.dtype)
+        context = self._of_regions(features, whole[:, None])
+        return torch.cat((hidden, context[:, None].expand(-1, regions.shape[1], -1).flatten(0, 1)), dim=1)
+
+    def _of_regions(self, features: Mapping[str, Tensor], regions: Tensor) -> Tensor:
+        """(N · P, D): regions (N, P, 4), pooled and run through the region head, each by itself."""
         head = self.detector.roi_head
         pooler = cast(RegionPooler, head.pooler)
-        image = torch.arange(regions.shape[0], device=regions.device)[:, None].expand(-1, regions.shape[1]).flatten()
-        return RoIHead.describe(head, lambda boxes: pooler.pool(features, boxes[0], image), [regions.flatten(0, 1)], [])
+        return RoIHead.describe(head, lambda boxes: pooler.pool(features, boxes[0], _image_of(regions)), [regions.flatten(0, 1)], [])
+
+    def _masks(self, features: Mapping[str, Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        """(N, D, M, M): of each box (N, D, 4) the mask of its class, labels (N, D); zeros where there is no detection."""
+        branch = self.detector.mask_head
+        assert branch is not None
+        pooler = cast(RegionPooler | RegionTop, branch.pooler)
+        logits = branch.predict(pooler.pool(features, boxes.flatten(0, 1), _image_of(boxes)))
+        chosen = labels.flatten()[:, None, None, None].expand(-1, 1, *logits.shape[2:])
+        masks = logits.float().gather(1, chosen).sigmoid().view(*labels.shape, *logits.shape[2:])
+        return masks * (labels > 0)[:, :, None, None]
+
+
+def _image_of(boxes: Tensor) -> Tensor:
+    """(N · P,) int64: whose each of the boxes (N, P, 4) is."""
+    return torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(-1, boxes.shape[1]).flatten()
 
 
 def _top(scores: Tensor, count: int, *, fill: float) -> tuple[Tensor, Tensor]:

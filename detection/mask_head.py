@@ -33,6 +33,10 @@ class RegionTop(nn.Module):
         """(sum P, D, h, w) of each image's boxes (P, 4)."""
         return self._shared[0](self.pooler(features, boxes, sizes))
 
+    def pool(self, features: Mapping[str, Tensor], boxes: Tensor, image: Tensor) -> Tensor:
+        """The same for the boxes (P, 4) of all images, image (P,) int64 saying whose each is."""
+        return self._shared[0](self.pooler.pool(features, boxes, image))  # type: ignore[operator]
+
 
 class MaskHead(nn.Module):
     """Predicts, for every class, a mask inside a region."""
@@ -52,7 +56,10 @@ class MaskHead(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
         """Mask logits (sum P, K + 1, M, M) of each image's boxes (P, 4)."""
-        hidden = self.pooler(features, boxes, sizes)
+        return self.predict(self.pooler(features, boxes, sizes))
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Mask logits (P, K + 1, M, M) of pooled regions (P, C, M / 2, M / 2)."""
         for layer in self.convs:
             hidden = F.relu(layer(hidden))
         return self.mask_fcn_logits(F.relu(self.conv5_mask(hidden)))

@@ -20,8 +20,9 @@ from detection.build import build_detector, resolved_config
 from detection.config import DetectionConfig, load_detection_config
 from detection.exportable import ExportableDetector, suppress
 from detection.faster_rcnn import FasterRCNN
+from detection.mask_head import paste_masks
 from detection.predict import config_from_weights, detector_metadata, load_detector
-from detection.structures import Detections
+from detection.structures import Target
 from resbackbone.backbone import FeatureInfo, StagedBackbone
 from resbackbone.registry import BACKBONES, register_backbone
 from resbackbone.runtime.checkpoint import save_weights
@@ -66,8 +67,8 @@ def tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
         return StagedBackbone({name: (stage(*widths[k : k + 2]), FeatureInfo(widths[k + 1], 2 << k)) for k, name in enumerate(names)})
 
 
-def random_detector(config: DetectionConfig, classes: tuple[str, ...] = CLASSES) -> FasterRCNN:
-    """Random weights that find something: scores over the whole range, boxes that move."""
+def random_detector(config: DetectionConfig, classes: tuple[str, ...] = CLASSES, *, certainty: float = 2.0) -> FasterRCNN:
+    """Random weights that find something: scores over the whole range, higher with `certainty`, and boxes that move."""
     torch.manual_seed(0)
     detector = build_detector(config, len(classes), initial_weights=False)
     for module in detector.modules():
@@ -76,35 +77,63 @@ def random_detector(config: DetectionConfig, classes: tuple[str, ...] = CLASSES)
             module.running_mean.normal_(0, 0.1)
     for layer, std in ((detector.rpn.cls_logits, 1.0), (detector.rpn.bbox_pred, 0.05)):
         nn.init.normal_(layer.weight, std=std)
-    nn.init.normal_(detector.roi_head.cls_score.weight, std=2.0)
+    nn.init.normal_(detector.roi_head.cls_score.weight, std=certainty)
     nn.init.normal_(detector.roi_head.bbox_pred.weight, std=1.0)
+    if detector.mask_head is not None:
+        nn.init.normal_(detector.mask_head.mask_fcn_logits.weight, std=3.0)
     return detector.eval()
 
 
-def write_detector(path: Path, *overrides: str) -> Path:
+def settled(detector: FasterRCNN) -> FasterRCNN:
+    """With batch norms that fit their inputs, so that a residual network's activations, and with them scores, don't all saturate."""
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    one = {"boxes": torch.tensor([[10.0, 10.0, 80.0, 90.0]]), "labels": torch.tensor([1]), "ignore_boxes": torch.zeros(0, 4)}
+    target = Target(**one, masks=torch.ones(1, 96, 128, dtype=torch.uint8), image_id=0, index=0, original_size=(96, 128))
+    with torch.no_grad():
+        detector.train()([torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8) for _ in range(2)], [target, target])
+    nn.init.normal_(detector.rpn.cls_logits.weight, std=0.1)
+    nn.init.normal_(detector.roi_head.cls_score.weight, std=0.3)
+    return detector.eval()
+
+
+def write_detector(path: Path, *overrides: str, certainty: float = 2.0) -> Path:
     config = load_detection_config(None, [*TINY, *overrides])
-    detector = random_detector(config)
+    detector = random_detector(config, certainty=certainty)
     save_weights(path, detector.state_dict(), detector_metadata(config, CLASSES, detector))
     return path
 
 
 @pytest.mark.parametrize("to", ["onnx", "torch-export"])
-@pytest.mark.parametrize("head", [pytest.param("fpn", marks=pytest.mark.slow), "c4"])
-def test_a_detector_runs_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str, to: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(("model.head=fpn",), marks=pytest.mark.slow),
+        pytest.param(("model.head=c4",), marks=pytest.mark.slow),
+        pytest.param(("model.head=fpn", "model.mask=true"), marks=pytest.mark.slow),
+        ("model.head=c4", "model.mask=true", "model.test.context=true"),
+    ],
+    ids=", ".join,
+)
+def test_a_detector_runs_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: tuple[str, ...], to: str) -> None:
     if to == "onnx":
         pytest.importorskip("onnxscript")
-    weights = write_detector(tmp_path / "w.safetensors", f"model.head={head}")
+    weights = write_detector(tmp_path / "w.safetensors", *settings)
     assert main([str(weights), "--to", to]) == 0
     said = capsys.readouterr().out
     found, total = (int(word) for word in said.split(": ")[1].split(" boxes")[0].split(" of "))
     assert found == total > 50, said
+    assert ("masks to" in said) == ("model.mask=true" in settings)
     assert (tmp_path / "w").with_suffix({"onnx": ".onnx", "torch-export": ".pt2"}[to]).stat().st_size > 10_000
 
 
-def test_the_documentation_s_script_runs_it(repository: Path, tmp_path: Path) -> None:
-    """docs/export.md's script, on a picture that needs no resizing, prints the boxes that the detector finds; nothing of ours is loaded."""
+@pytest.mark.parametrize("mask", [pytest.param("false", marks=pytest.mark.slow), "true"])
+def test_the_documentation_s_script_runs_it(repository: Path, tmp_path: Path, mask: str) -> None:
+    """docs/export.md's script, on a picture that needs no resizing, prints the boxes that the detector finds, and of masks how many pixels
+    they have; nothing of ours is loaded."""
     pytest.importorskip("onnxscript")
-    weights = write_detector(tmp_path / "w.safetensors", "model.head=c4", "data.min_size=[96]")
+    weights = write_detector(tmp_path / "w.safetensors", "model.head=c4", "data.min_size=[96]", f"model.mask={mask}", certainty=4.0)
     assert main([str(weights), "--to", "onnx"]) == 0
     script = (repository / "docs" / "export.md").read_text().split("<!-- file: run_onnx.py -->\n```python\n")[1].split("```")[0]
     assert "resbackbone" not in script.replace("resbackbone[", "")
@@ -115,39 +144,81 @@ def test_the_documentation_s_script_runs_it(repository: Path, tmp_path: Path) ->
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
     detector, classes = load_detector(config_from_weights(weights), weights, device=torch.device("cpu"))
     (found,) = detector.detect([torch.from_numpy(picture).permute(2, 0, 1)])
-    wanted = sorted(
-        (classes[label - 1], score, *box)
-        for label, score, box in zip(*map(torch.Tensor.tolist, triple(found)), strict=True)
-        if score >= 0.5
-    )
+    found = found[found.scores >= 0.5]
+    areas = [] if found.masks is None else [[int(mask.sum())] for mask in paste_masks(found, (96, 128))]
+    rows = zip(*map(torch.Tensor.tolist, (found.labels, found.scores, found.boxes)), areas or [[]] * len(found), strict=True)
+    wanted = sorted((classes[label - 1], score, *box, *area) for label, score, box, area in rows)
     said = sorted((words[1], *map(float, words[2:])) for words in (line.split() for line in printed))
     assert len(said) == len(wanted) > 0
     assert [one[0] for one in said] == [one[0] for one in wanted]
     np.testing.assert_allclose([one[1] for one in said], [one[1] for one in wanted], atol=2e-3)
+    np.testing.assert_allclose([one[6:] for one in said], [one[6:] for one in wanted], rtol=0.02, atol=8)
+    if mask == "true":
+        assert len(said[0]) == 7
+        assert 0 < sum(one[6] for one in wanted) < sum((one[4] - one[2]) * (one[5] - one[3]) for one in wanted)
 
 
-def triple(found: Detections) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return found.labels, found.scores, found.boxes
+PLAIN, MASKS, CONTEXT = (), ("model.mask=true",), ("model.test.context=true",)
 
 
-@pytest.mark.parametrize("head", ["fpn", "c4"])
-def test_without_a_loop_the_same(head: str) -> None:
+@pytest.mark.parametrize(
+    ("head", "more"),
+    [("fpn", PLAIN), ("c4", PLAIN), ("fpn", MASKS), ("c4", MASKS), ("fpn", CONTEXT), ("c4", CONTEXT)],
+)
+def test_without_a_loop_the_same(head: str, more: tuple[str, ...]) -> None:
     """The graph in eager mode beside `detect`, on images of two sizes in one batch; fewer anchors than candidates on the small levels."""
-    detector = random_detector(load_detection_config(None, [*TINY, f"model.head={head}"]))
+    detector = random_detector(load_detection_config(None, [*TINY, f"model.head={head}", *more]))
+    assert min(check_equal_without_a_loop(detector)) > 5
+
+
+@pytest.mark.parametrize("more", [MASKS, CONTEXT])
+def test_a_conv5_x_that_regions_masks_and_context_share(more: tuple[str, ...]) -> None:
+    config = load_detection_config(None, [*TINY, "model.head=c4", "model.backbone.name=resnet18", *more])
+    assert sum(check_equal_without_a_loop(settled(random_detector(config)))) > 2
+
+
+def check_equal_without_a_loop(detector: FasterRCNN) -> list[int]:
+    """Returns how many detections the two images have."""
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((96, 128), (80, 120))]
     wanted = detector.detect(images)
     batch = torch.zeros((2, 3, 96, 128), dtype=torch.uint8)
     for place, image in zip(batch, images, strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
     with torch.no_grad():
-        boxes, scores, labels = ExportableDetector(detector)(batch, torch.tensor([image.shape[1:] for image in images]))
+        boxes, scores, labels, *masks = ExportableDetector(detector)(batch, torch.tensor([image.shape[1:] for image in images]))
+    assert len(masks) == (detector.mask_head is not None)
     for row, mine in enumerate(wanted):
         count = int((scores[row] > 0).sum())
-        assert count == len(mine) > 5
+        assert count == len(mine)
         torch.testing.assert_close(boxes[row, :count], mine.boxes, atol=1e-3, rtol=0)
         torch.testing.assert_close(scores[row, :count], mine.scores, atol=1e-5, rtol=0)
         assert torch.equal(labels[row, :count], mine.labels)
         assert not boxes[row, count:].any()
+        if masks:
+            assert mine.masks is not None
+            assert mine.masks.std() > 0.05
+            assert masks[0].shape[2:] == mine.masks.shape[1:]
+            torch.testing.assert_close(masks[0][row, :count], mine.masks, atol=1e-3, rtol=0)
+            assert not masks[0][row, count:].any()
+    return [len(mine) for mine in wanted]
+
+
+@pytest.mark.parametrize(("shift", "holds"), [(1e-3, True), (0.05, False)])
+def test_masks_that_differ_are_not_the_same_box(shift: float, holds: bool) -> None:
+    detector = random_detector(load_detection_config(None, [*TINY, "model.head=c4", "model.mask=true"]))
+    graph = ExportableDetector(detector).eval()
+
+    @torch.no_grad()
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        *others, masks = graph(*map(torch.from_numpy, inputs))
+        return [output.numpy() for output in (*others, masks + shift)]
+
+    picture = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    parity = export.compare(detector, run, [picture], sizes=[96], max_size=128)
+    assert parity.holds is holds
+    assert parity.unmatched == (0 if holds else parity.boxes)
+    assert parity.boxes > 5
+    assert f"masks to {shift if holds else 0:.1e}" in str(parity)
 
 
 def test_sets_suppress_only_themselves() -> None:
@@ -198,7 +269,7 @@ def test_a_program_that_differs_is_removed(tmp_path: Path, monkeypatch: pytest.M
         (["--to", "onxn"], "did you mean 'onnx'?"),
         (["--to", "torch-export", "--output", "a.onnx"], "writes .pt2 files"),
         (["--to", "torch-export", "--images", "nosuch.jpg"], "no image or video at nosuch.jpg"),
-        (["--to", "torch-export", "model.test.refine=true"], "the exported detector is the plain one"),
+        (["--to", "torch-export", "model.test.refine=true"], "looks at each image once"),
         (["--to", "onnx", "model.roi.op=pool"], "no equal in ONNX"),
     ],
 )
@@ -209,10 +280,8 @@ def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], argumen
     assert list(tmp_path.iterdir()) == [weights]
 
 
-def test_masks_and_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = write_detector(tmp_path / "w.safetensors", "model.head=fpn", "model.mask=true")
-    assert main([str(weights), "--to", "torch-export"]) == 1
-    assert "masks" in capsys.readouterr().err
+def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = write_detector(tmp_path / "w.safetensors", "model.head=fpn")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([str(weights), "--to", "onnx"]) == 1
     assert "pip install 'resbackbone[export]'" in capsys.readouterr().err
