@@ -69,10 +69,11 @@ def contestants(source: FileSource, shards: Path) -> dict[str, Callable[[int], o
 
     def from_files(transform: TrainTransform, epoch: int) -> torch.Tensor:
         numbers = range(len(source.labels))
-        return collate([transform(source.read(number), 0, epoch=epoch, index=number, name="") for number in numbers]).images
+        return collate((transform(source.read(number), 0, epoch=epoch, index=number, name="") for number in numbers), len(numbers)).images
 
     def from_shards(epoch: int) -> torch.Tensor:
-        return collate([reduced(data, label, epoch=epoch, index=number, name="") for number, data, label in read_shard(index, 0)]).images
+        samples = (reduced(data, label, epoch=epoch, index=number, name="") for number, data, label in read_shard(index, 0))
+        return collate(samples, int(index.counts[0])).images
 
     return {
         "originals": lambda epoch: from_files(reduced, epoch),

@@ -43,7 +43,8 @@ class DataConfig:
     pca_noise: float = 0.1  # deviation of the colour noise along RGB's principal axes (Krizhevsky et al. 2012, §4.1); 0: none
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"  # torchvision's, with its own defaults
     normalize: Literal["mean", "mean_std"] = "mean"  # the paper subtracts the mean from 0 … 255; mean_std is what later networks take
-    reduced_decoding: bool = True  # decode a JPEG at 1/2, 1/4 or 1/8 where the crop still has pixels enough
+    decode: Literal["cpu", "gpu"] = "cpu"  # gpu: training JPEGs are decoded, cut and resized there (torchvision's nvJPEG)
+    reduced_decoding: bool = True  # on the CPU, decode a JPEG at 1/2, 1/4 or 1/8 where the crop still has pixels enough
     class_numbers: dict[str, int] | None = None  # evaluating weights with more outputs: which of them each class is; null: in order
     unreadable: Literal["stop", "skip"] = "stop"  # skip: the next image takes its place (in evaluation it counts as wrong)
     workers: int = 4
@@ -51,6 +52,8 @@ class DataConfig:
     shuffle_block: int = 256  # shards: images of a lane that are shuffled among themselves; all of them are held in memory
 
     def __post_init__(self) -> None:
+        if self.decode == "gpu" and self.crop == "pad":
+            raise InputError("data.decode=gpu cuts JPEGs, and data.crop=pad is CIFAR's; set data.decode=cpu, or data.crop to scale or area")
         _check_range("data.shorter_side", self.shorter_side, low=1)
         _check_range("data.area", self.area, low=0.0, high=1.0)
         for name, least in (("size", 1), ("workers", 0), ("padding", 0), ("lanes", 1), ("shuffle_block", 1), ("pca_noise", 0)):
@@ -84,6 +87,7 @@ class TrainConfig:
     cutmix: float = 0.0  # alpha of torchvision's CutMix; with both, a batch takes one of the two
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     seed: int = 0
+    deterministic: bool = False  # on a GPU: two runs equal bit for bit, and slower; on the CPU they are anyway
     accumulate: int = 1  # forward passes per optimiser step
     clip_norm: float | None = None
     ema: float | None = None  # decay, e.g. 0.9999
@@ -93,12 +97,15 @@ class TrainConfig:
     save_every: int = 1000
     keep_checkpoints: int = 3
     log_every: int = 50
+    samples: int = 8  # images of the first batch, as the network is shown them, that are drawn into samples/
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "reference_batch", "accumulate", "save_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)} is not possible; it must be at least 1")
+        if self.samples < 0:
+            raise InputError(f"train.samples={self.samples} is not possible; it is how many training images are drawn, 0 for none")
         if self.schedule == "step" and list(self.milestones) != sorted(self.milestones):
             raise InputError(f"train.milestones={list(self.milestones)} must rise")
         if self.schedule == "plateau" and self.eval_every < 1:

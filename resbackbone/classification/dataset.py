@@ -15,7 +15,17 @@ from torch import Tensor
 from resbackbone.classification.config import DataConfig, EvalConfig
 from resbackbone.classification.files import UnreadableImage
 from resbackbone.classification.sources import Source
-from resbackbone.classification.transforms import area_crop, as_tensor, cut, padded_crop, pca_shift, pixels_of, scale_crop, stored_size
+from resbackbone.classification.transforms import (
+    Crop,
+    area_crop,
+    as_tensor,
+    cut,
+    padded_crop,
+    pca_shift,
+    pixels_of,
+    scale_crop,
+    stored_size,
+)
 from resbackbone.classification.views import image_views
 from resbackbone.errors import InputError
 from resbackbone.runtime.random_state import item_seed
@@ -48,29 +58,35 @@ class TrainTransform:
     seed: int
 
     def __call__(self, source: bytes | np.ndarray, label: int, *, epoch: int, index: int, name: str) -> Sample:
+        seed, rng, flip, shift = self.draws(epoch, index)
+        pixels = self._cropped(source, rng, name)
+        image = as_tensor(cv2.flip(pixels, 1) if flip else pixels)  # numpy's mirrored view takes ten times as long to copy
+        if self.data.auto_augment != "none":
+            image = auto_augmented(image, self.data.auto_augment, seed)
+        return Sample(image=image, label=label, shift=shift, number=index)
+
+    def draws(self, epoch: int, index: int) -> tuple[int, np.random.Generator, bool, np.ndarray]:
+        """(seed, generator, flip, colour shift) of one image in one epoch; the crop is the generator's next draw."""
         data, seed = self.data, item_seed(self.seed, epoch, index)
         rng = np.random.default_rng(seed)
         flip = data.flip and bool(rng.random() < 0.5)
-        shift = pca_shift(data.pca_noise, rng) if data.pca_noise else np.zeros(3, dtype=np.float32)
-        pixels = self._cropped(source, rng, name)
-        image = as_tensor(cv2.flip(pixels, 1) if flip else pixels)  # numpy's mirrored view takes ten times as long to copy
-        if data.auto_augment != "none":
-            image = _auto_augmented(image, data.auto_augment, seed)
-        return Sample(image=image, label=label, shift=shift, number=index)
+        return seed, rng, flip, pca_shift(data.pca_noise, rng) if data.pca_noise else np.zeros(3, dtype=np.float32)
+
+    def crop(self, height: int, width: int, rng: np.random.Generator) -> Crop:
+        """What is cut from an image of this size, `data.crop` being scale or area."""
+        if self.data.crop == "scale":
+            return scale_crop(height, width, size=self.data.size, shorter_side=self.data.shorter_side, rng=rng)
+        return area_crop(height, width, area=self.data.area, rng=rng)
 
     def _cropped(self, source: bytes | np.ndarray, rng: np.random.Generator, name: str) -> np.ndarray:
         data = self.data
         if data.crop == "pad":
             return padded_crop(pixels_of(source, name=name), size=data.size, padding=data.padding, rng=rng)
         height, width, source = stored_size(source, name=name)
-        if data.crop == "scale":
-            crop = scale_crop(height, width, size=data.size, shorter_side=data.shorter_side, rng=rng)
-        else:
-            crop = area_crop(height, width, area=data.area, rng=rng)
-        return cut(source, crop, size=data.size, name=name, reduced=data.reduced_decoding)
+        return cut(source, self.crop(height, width, rng), size=data.size, name=name, reduced=data.reduced_decoding)
 
 
-def _auto_augmented(image: Tensor, policy: str, seed: int) -> Tensor:
+def auto_augmented(image: Tensor, policy: str, seed: int) -> Tensor:
     """torchvision's RandAugment or TrivialAugmentWide of uint8 [3, S, S]; it draws from torch's global generator, which is put back."""
     from torchvision.transforms import v2
 

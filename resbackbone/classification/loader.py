@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import cv2
@@ -45,33 +46,57 @@ class Batch(NamedTuple):
         """The same batch on `device`; copies are asynchronous where the memory is page-locked."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Batch:
+        """One batch of several, in their order."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """One batch of samples of one size."""
-    side_h, side_w = samples[0].image.shape[1:]
-    images = np.empty((len(samples), side_h, side_w, 3), dtype=np.uint8)
-    for place, sample in zip(images, samples, strict=True):
+
+def collate(samples: Iterable[Sample], count: int) -> Batch:
+    """One batch of `count` samples of one size, taken one at a time, so that each image's own memory serves the next one as well."""
+    samples = iter(samples)
+    first = next(samples)
+    images = np.empty((count, *first.image.shape[1:], 3), dtype=np.uint8)
+    rest = []
+    for place, sample in zip(images, chain([first], samples), strict=True):
         place[...] = sample.image.permute(1, 2, 0).numpy()
+        rest.append(sample[1:])
+    labels, shifts, indices = zip(*rest, strict=True)
     return Batch(
         images=torch.from_numpy(images).permute(0, 3, 1, 2),
-        labels=torch.tensor([sample.label for sample in samples]),
-        shifts=torch.from_numpy(np.stack([sample.shift for sample in samples])),
-        indices=torch.tensor([sample.number for sample in samples]),
+        labels=torch.tensor(labels),
+        shifts=torch.from_numpy(np.stack(shifts)),
+        indices=torch.tensor(indices),
     )
+
+
+class Preparation(NamedTuple):
+    """What workers make of an encoded image, and of several of the results; the batch has `to(device)`, which gives a Batch, and `join`."""
+
+    transform: Callable[..., Any]
+    collate: Callable[[Iterable[Any], int], Any]
+
+
+def plain_preparation(config: ClassificationConfig) -> Preparation:
+    """Workers decode."""
+    return Preparation(TrainTransform(data=config.data, seed=config.train.seed), collate)
 
 
 def train_loader(
-    config: ClassificationConfig, source: Source, process: Process, *, context: str | None = None
+    config: ClassificationConfig,
+    source: Source,
+    process: Process,
+    *,
+    preparation: Preparation | None = None,
+    context: str | None = None,
 ) -> tuple[BatchLoader, ResumableBatchSampler]:
     """(loader, sampler): this process's share of each global batch, for ever; call sampler.advance() once a batch is used up."""
-    settings, data = config.train, config.data
-    dataset = ClassificationDataset(
-        source, TrainTransform(data=data, seed=settings.seed), stand_in=next_readable if data.unreadable == "skip" else None
-    )
+    settings, data, preparation = config.train, config.data, preparation or plain_preparation(config)
+    dataset = ClassificationDataset(source, preparation.transform, stand_in=next_readable if data.unreadable == "skip" else None)
     sampler = ResumableBatchSampler(
         len(dataset), batch_size=settings.batch_size, seed=settings.seed, rank=process.rank, world_size=process.world_size
     )
-    return BatchLoader(_Reader(dataset, collate), sampler, workers=data.workers, context=context), sampler
+    return BatchLoader(_Reader(dataset, preparation.collate), sampler, workers=data.workers, context=context), sampler
 
 
 def eval_loader(config: ClassificationConfig, source: Source, process: Process, *, context: str | None = None) -> BatchLoader:
@@ -82,7 +107,7 @@ def eval_loader(config: ClassificationConfig, source: Source, process: Process, 
     mine = range(process.rank, len(dataset), process.world_size)
     size = config.eval.batch_size
     batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-    return BatchLoader(_Reader(dataset, list), batches, workers=config.data.workers, context=context)
+    return BatchLoader(_Reader(dataset, _listed), batches, workers=config.data.workers, context=context)
 
 
 class BatchLoader:
@@ -146,16 +171,20 @@ class _Reader:
     """The data set as the loader's workers see it: a list of keys in, a collated batch out, or the InputError that stops the run."""
 
     dataset: ClassificationDataset
-    collate: Any
+    collate: Callable[[Iterable[Any], int], Any]
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
         try:
-            return self.collate([self.dataset[key] for key in keys])
+            return self.collate((self.dataset[key] for key in keys), len(keys))
         except InputError as error:
             return error
+
+
+def _listed(samples: Iterable[Any], _: int) -> list[Any]:
+    return list(samples)
 
 
 def _identity(batch: Any) -> Any:

@@ -132,3 +132,8 @@ class Normalizer(nn.Module):
         rows = images.permute(0, 2, 3, 1).reshape(count, height, width * channels).float()
         rows = torch.addcmul(offset.repeat(1, width)[:, None], rows, self.scale.repeat(width))
         return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Float [N, 3, H, W] as the network takes it -> uint8 RGB; a colour shift stays in, and is cut off at black and white."""
+        pixels = (images.float() - self.offset[:, None, None]) / self.scale[:, None, None]
+        return pixels.round().clamp(0, 255).byte()

@@ -1,4 +1,4 @@
-"""Tar shards: written here, read back through webdataset from a disk, HTTP or any store that webdataset opens.
+"""Tar shards in webdataset's layout, which webdataset writes, on a disk, behind HTTP or in an object store (`stores.py`).
 
 A split is a folder of `shard_00000.tar` … and `index.json`, which says what each holds; a sample is `NNNNNNNN.jpg` (or png …) and its
 label, `NNNNNNNN.cls`. The index is written last, so a split that has one is whole.
@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import re
-import tarfile
-import zlib
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import numpy as np
 
 from resbackbone.classification.files import decode
 from resbackbone.classification.sources import Source
+from resbackbone.classification.stores import checked_place, is_remote, open_place
+from resbackbone.classification.tar import tar_files
 from resbackbone.classification.views import resize_shorter
 from resbackbone.errors import InputError
 from resbackbone.runtime.atomic import storage_errors, write_atomically
@@ -31,7 +35,10 @@ from resbackbone.runtime.sampler import shuffled
 
 INDEX_FILE = "index.json"
 VERSION = 1
-_NAME = re.compile(r"[A-Za-z0-9._-]+\.tar")  # webdataset takes "pipe:…" for a command to run; a shard's name can't be one
+_NAME = re.compile(r"[A-Za-z0-9._-]+\.tar")  # a file in the index's own folder
+_TRIES = 4  # to read a shard that isn't on a disk of ours
+_WAIT_S = 1.0  # after the first failure; twice as long after each further one
+_logger = logging.getLogger(__name__)
 _KINDS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"BM": "bmp", b"RI": "webp"}
 
 
@@ -84,7 +91,7 @@ def _write_shard(source: Source, path: Path, indices: list[int], first: int, sho
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            with webdataset.TarWriter(file, encoder=False, mtime=0.0) as writer:
+            with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
                 for number, index in enumerate(indices, first):
                     data = _stored(source.read(index), short_side, quality, name=source.name(index))
                     kind = _KINDS.get(data[:2], "img")
@@ -120,7 +127,7 @@ def read_index(root: str | None, split: str) -> ShardIndex:
     """The index of ROOT/SPLIT, a folder or a URL. Raises InputError where it is missing or isn't one, or a shard on disk is cut off."""
     if root is None:
         raise InputError(f"data.root is not set; data.kind=shards needs the folder or URL that holds {split}/{INDEX_FILE}")
-    place = f"{root.rstrip('/')}/{split}"
+    place = f"{checked_place(root)}/{split}"
     return parse_index(_read_text(f"{place}/{INDEX_FILE}"), place=place)
 
 
@@ -149,7 +156,7 @@ def parse_index(text: str, *, place: str) -> ShardIndex:
             else "names no shard, or an empty one"
         )
         raise InputError(f"{place}/{INDEX_FILE} {what}; write it again with tools/make_shards.py")
-    if "://" not in place:
+    if not is_remote(place):
         for name, size in zip(index.names, index.sizes, strict=True):
             _check_file(Path(place) / name, size)
     return index
@@ -158,22 +165,41 @@ def parse_index(text: str, *, place: str) -> ShardIndex:
 def read_shard(index: ShardIndex, number: int, *, first: int = 0, last: int | None = None) -> Iterator[tuple[int, bytes, int]]:
     """(number of the image in the split, its bytes, its label) of one shard, in its order, from its image `first` to before `last`.
 
-    Raises InputError naming the shard where it can't be opened, is damaged, or holds fewer images than the index says.
+    A connection that fails or is cut is opened anew, and goes on after the last image given, `_TRIES` times in all. Raises InputError
+    naming the shard where it can't be opened, is damaged, or holds fewer images than the index says.
     """
-    url = f"{index.place}/{index.names[number]}"
-    last, start, seen = int(index.counts[number]) if last is None else last, int(index.starts[number]), 0
-    try:
-        for sample in import_webdataset().tariterators.tarfile_samples(iter([{"url": url}])):
+    url, last = f"{index.place}/{index.names[number]}", int(index.counts[number]) if last is None else last
+    tries = _TRIES if is_remote(url) else 1
+    for attempt in range(1, tries + 1):
+        try:
+            for place, data, label in _images(index, number, first, last):
+                first = place + 1
+                yield int(index.starts[number]) + place, data, label
+            return
+        except InputError:
+            raise
+        except Exception as error:  # tar's, the disk's, and each store has others of its own
+            if attempt == tries:
+                raise _broken(url, _reason(error)) from error
+            wait_s = _WAIT_S * 2 ** (attempt - 1)
+            _logger.warning("%s: %s; trying again in %g s (%d of %d)", url, _reason(error), wait_s, attempt + 1, tries)
+            time.sleep(wait_s)
+
+
+def _images(index: ShardIndex, number: int, first: int, last: int) -> Iterator[tuple[int, bytes, int]]:
+    """(place in the shard, bytes, label) of its images from `first` to before `last`.
+
+    Raises EOFError where there are fewer, ValueError for wrong ones, and what the tar file and its store raise.
+    """
+    url, seen = f"{index.place}/{index.names[number]}", 0
+    with closing(open_place(url)) as stream:
+        for key, files in groupby(tar_files(stream), key=lambda file: file[0].partition(".")[0]):
             if first <= seen < last:
-                yield start + seen, *_content(sample, url, classes=len(index.classes))
+                yield seen, *_content(dict(files), key, classes=len(index.classes))
             seen += 1
-            if seen == last:
+            if seen >= last:
                 return
-    except InputError:
-        raise
-    except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise _broken(url, error.args[0] if error.args else error) from error
-    raise _broken(url, f"it holds {seen} images, the index says {int(index.counts[number])}")
+    raise EOFError(f"it holds {seen} images, the index says {int(index.counts[number])}")
 
 
 def import_webdataset() -> Any:
@@ -185,16 +211,21 @@ def import_webdataset() -> Any:
     return webdataset
 
 
-def _content(sample: dict[str, Any], url: str, *, classes: int) -> tuple[bytes, int]:
-    images = [value for key, value in sample.items() if not key.startswith("__") and key != "cls"]
-    label = sample.get("cls", b"").decode(errors="replace").strip()
+def _content(files: dict[str, bytes], key: str, *, classes: int) -> tuple[bytes, int]:
+    label = files.pop(f"{key}.cls", b"").decode(errors="replace").strip()
+    images = list(files.values())
     if len(images) != 1 or not label.isdigit() or int(label) >= classes:
-        raise _broken(url, f"sample {sample['__key__']} has {len(images)} images and the label {label!r} of {classes} classes")
+        raise ValueError(f"sample {key} has {len(images)} images and the label {label!r} of {classes} classes")
     return images[0], int(label)
 
 
-def _broken(url: str, reason: object) -> InputError:
-    return InputError(f"{url}: this shard cannot be read ({str(reason)[:200]}); copy it again, or write it again with tools/make_shards.py")
+def _reason(error: Exception) -> str:
+    """What went wrong, without the stream and the URL that webdataset adds to an error's arguments."""
+    return str(error if isinstance(error, OSError) or not error.args else error.args[0])[:200]
+
+
+def _broken(url: str, reason: str) -> InputError:
+    return InputError(f"{url}: this shard cannot be read ({reason}); copy it again, or write it again with tools/make_shards.py")
 
 
 def _check_file(path: Path, size: int) -> None:
@@ -206,11 +237,11 @@ def _check_file(path: Path, size: int) -> None:
 
 def _read_text(url: str) -> str:
     try:
-        if "://" not in url:
-            return Path(url).read_text(encoding="utf-8")
-        with import_webdataset().gopen(url) as stream:
+        with closing(open_place(url)) as stream:
             return io.TextIOWrapper(stream, encoding="utf-8").read()
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError(
-            f"{url} cannot be read ({error}); data.root holds a folder of shards per split, from tools/make_shards.py"
+            f"{url} cannot be read ({str(error)[:200]}); data.root holds a folder of shards per split, from tools/make_shards.py"
         ) from None

@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from resbackbone.classification.config import ClassificationConfig
-from resbackbone.classification.dataset import EvalTransform, TrainTransform, Views
+from resbackbone.classification.dataset import EvalTransform, Views
 from resbackbone.classification.files import UnreadableImage
-from resbackbone.classification.loader import Batch, collate, raise_errors, start_worker
+from resbackbone.classification.loader import Batch, Preparation, plain_preparation, raise_errors, start_worker
 from resbackbone.classification.shards import ShardIndex, read_shard
 from resbackbone.errors import InputError
 from resbackbone.runtime.distributed import Process, worker_start_method
@@ -102,7 +102,7 @@ class _TrainStream(IterableDataset):
 
     index: ShardIndex
     sampler: StreamSampler
-    transform: TrainTransform
+    preparation: Preparation
     lanes: range
     skip_unreadable: bool
 
@@ -114,10 +114,13 @@ class _TrainStream(IterableDataset):
             while True:
                 streams = [self._lane(epoch, lane, batch * self.sampler.share) for lane in lanes]
                 for _ in range(batch, self.sampler.batches_per_epoch):
-                    yield [(lane, collate(list(islice(stream, self.sampler.share)))) for lane, stream in zip(lanes, streams, strict=True)]
+                    yield [(lane, self._part(stream)) for lane, stream in zip(lanes, streams, strict=True)]
                 epoch, batch = epoch + 1, 0
         except InputError as error:
             yield error
+
+    def _part(self, stream: Iterator[Any]) -> Any:
+        return self.preparation.collate(islice(stream, self.sampler.share), self.sampler.share)
 
     def _lane(self, epoch: int, lane: int, position: int) -> Iterator[Any]:
         reader = _Reader(self.index)
@@ -130,7 +133,7 @@ class _TrainStream(IterableDataset):
         for step in range(len(held)):
             number, data, label = held[(place + step) % len(held)]
             try:
-                return self.transform(data, label, epoch=epoch, index=number, name=f"{self.index.place}, image {number}")
+                return self.preparation.transform(data, label, epoch=epoch, index=number, name=f"{self.index.place}, image {number}")
             except UnreadableImage as error:
                 if not self.skip_unreadable:
                     raise InputError(f"{error}. Or go on without it: data.unreadable=skip") from error
@@ -167,7 +170,8 @@ class StreamLoader:
             parts.append(part)  # workers take turns, so each batch is one part of each
             if len(parts) == max(1, self.workers):
                 in_order = sorted((one for each in parts for one in each), key=lambda one: one[0])
-                yield Batch(*(torch.cat(tensors) for tensors in zip(*(batch for _, batch in in_order), strict=True)))
+                batches = [batch for _, batch in in_order]
+                yield batches[0].join(batches)
                 parts = []
 
     def unreadable(self) -> int:
@@ -176,7 +180,12 @@ class StreamLoader:
 
 
 def train_stream(
-    config: ClassificationConfig, index: ShardIndex, process: Process, *, context: str | None = None
+    config: ClassificationConfig,
+    index: ShardIndex,
+    process: Process,
+    *,
+    preparation: Preparation | None = None,
+    context: str | None = None,
 ) -> tuple[StreamLoader, StreamSampler]:
     """(loader, sampler): this process's lanes of each global batch, for ever; call sampler.advance() once a batch is used up."""
     data, settings = config.data, config.train
@@ -192,7 +201,7 @@ def train_stream(
     stream = _TrainStream(
         index=index,
         sampler=sampler,
-        transform=TrainTransform(data=data, seed=settings.seed),
+        preparation=preparation or plain_preparation(config),
         lanes=range(process.rank * share, (process.rank + 1) * share),
         skip_unreadable=data.unreadable == "skip",
     )

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from resbackbone.classification.config import ClassificationConfig
+from resbackbone.classification.device_decode import encoded_preparation
 from resbackbone.classification.evaluate import Evaluator, Split, load_split
 from resbackbone.classification.finish import announce, finish, log_step, write_start_files
 from resbackbone.classification.loader import Batch, train_loader
 from resbackbone.classification.networks import build_classifier, normalizer_of
 from resbackbone.classification.nonfinite import stop_unless_finite
 from resbackbone.classification.recipe import BatchMixer, classification_loss, parameter_groups
+from resbackbone.classification.samples import draw_samples
 from resbackbone.classification.shards import ShardIndex
 from resbackbone.classification.sources import check_same_classes
 from resbackbone.classification.statistics import recompute_statistics
@@ -28,7 +30,7 @@ from resbackbone.runtime.checkpoint import load_checkpoint, resolve_resume
 from resbackbone.runtime.log import RunLog
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
-from resbackbone.runtime.random_state import seed_everything
+from resbackbone.runtime.random_state import deterministic, seed_everything
 from resbackbone.runtime.schedule import scaled_lr, set_lr
 from resbackbone.runtime.signals import Interrupted, SignalGuard
 from resbackbone.runtime.timing import StepTimer, bottleneck_sentence
@@ -50,7 +52,7 @@ def train(config: ClassificationConfig, output: Path, *, resume: str | None = No
     resume: None, "auto" (the newest checkpoint that is whole, if any) or the path of a checkpoint. Raises InputError for wrong
     input before the first step, NonFiniteLoss when a loss is nan or infinite, Interrupted after SIGTERM, SIGUSR1 or SIGINT.
     """
-    with SignalGuard() as signals:
+    with SignalGuard() as signals, deterministic(config.train.deterministic):
         process = distributed.setup(None if config.train.device == "auto" else config.train.device)
         try:
             if process.is_main:
@@ -140,6 +142,8 @@ def _loop(
                 with contextlib.nullcontext() if is_last else distributed.without_sync(model):
                     with timer.part("forward"), precision.autocast():
                         images, labels = mix(normalize(batch.images, batch.shifts), batch.labels, number=state.sampler.batches_done + turn)
+                        if state.step == turn == 0 and process.is_main:
+                            draw_samples(output / "samples", images, labels, state.classes, normalize, count=settings.samples)
                         logits = model(images)
                         loss = classification_loss(logits, labels, label_smoothing=settings.label_smoothing)
                     stop_unless_finite(loss, batch, state, output)
@@ -160,9 +164,10 @@ def _loop(
 
 def open_training_data(config: ClassificationConfig, split: Split, process: distributed.Process) -> tuple[Any, Any]:
     """(loader, sampler) of a training split: at random access, or streamed from shards."""
+    preparation = encoded_preparation(config, process.device) if config.data.decode == "gpu" else None
     if isinstance(split.data, ShardIndex):
-        return train_stream(config, split.data, process)
-    return train_loader(config, split.data, process)
+        return train_stream(config, split.data, process, preparation=preparation)
+    return train_loader(config, split.data, process, preparation=preparation)
 
 
 def _evaluate(

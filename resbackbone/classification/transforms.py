@@ -105,7 +105,7 @@ def resize_as_pil(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [h, w, 3], bilinear and antialiased by torch: at most a level from PIL, on which published figures rest."""
     if image.shape[:2] == tuple(size):
         return image
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # of [None] last, torch wouldn't see the memory as channels-last
     return F.interpolate(planes, size=list(size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 

@@ -163,7 +163,7 @@ def index_without_check(folder: Path) -> ShardIndex:
     return ShardIndex(place=str(folder), classes=tuple(content["classes"]), names=tuple(names), counts=counts, sizes=(0,) * len(names))
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.7])  # the last fifth pads the file
 def test_a_shard_that_is_cut_off(keep: float, shards: Path, tmp_path: Path) -> None:
     folder = copy_of(shards, tmp_path)
     victim = folder / "shard_00002.tar"
@@ -251,7 +251,7 @@ def test_the_tool(tiny_photos: Path, repository: Path, tmp_path: Path, capsys: p
     assert "holds shards already" in capsys.readouterr().err
 
 
-def test_without_webdataset_the_extra_is_named(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_webdataset_the_extra_is_named(tiny_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(InputError, match=r"resbackbone\[shards\]"):
-        list(read_shard(read_index(str(shards), "train"), 0))
+        write_shards(load_source("folder", tiny_photos, "val"), tmp_path)

@@ -125,6 +125,12 @@ def test_resize_equals_pil(size: tuple[int, int]) -> None:
     assert np.abs(resize_as_pil(pixels, size).astype(int) - theirs).max() <= 1
 
 
+def test_resizing_keeps_the_channels_together() -> None:
+    pixels = decode(jpeg(120, 160), name="a")
+    for image in (pixels, pixels[3:100, 5:150]):  # whole, and a crop: torch must not turn either into planes, which takes twice as long
+        assert resize_as_pil(image, (40, 60)).flags.c_contiguous
+
+
 def test_reduced_decoding_differs_little_and_only_where_it_may() -> None:
     data = jpeg(960, 1280)
     whole = Crop(top=0, left=0, height=960, width=1280)

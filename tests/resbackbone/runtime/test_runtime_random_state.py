@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from resbackbone.runtime.random_state import capture_random_states, item_seed, restore_random_states, seed_everything
+from resbackbone.runtime.random_state import capture_random_states, deterministic, item_seed, restore_random_states, seed_everything
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +57,18 @@ def test_item_seed_is_fixed_for_ever_and_spread() -> None:
 
 
 B2SUM_0_1_2 = int.from_bytes(bytes.fromhex("83341505f293b77d"), "little") // 2
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_deterministic_operators_are_for_the_run_alone(before: bool) -> None:
+    torch.use_deterministic_algorithms(before)
+    try:
+        with deterministic(True):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled()  # an operator that has none shouldn't end a training
+            assert not torch.backends.cudnn.benchmark
+        assert torch.are_deterministic_algorithms_enabled() is before
+        with deterministic(False):
+            assert torch.are_deterministic_algorithms_enabled() is before
+    finally:
+        torch.use_deterministic_algorithms(False)
