@@ -32,10 +32,11 @@ FREE = ("model.backbone.norm_eps", "train.device", "data.workers", "eval.report"
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A backbone and the weights it starts from; None: those of the config."""
+    """A backbone, the weights it starts from (None: those of the config), and the settings that it alone needs."""
 
     name: str
     weights: str | None = None
+    own: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -45,7 +46,7 @@ class Contender:
     def overrides(self) -> list[str]:
         """The settings that make a recipe this one's."""
         weights = [] if self.weights is None else [f"model.backbone.weights={self.weights}"]
-        return [f"model.backbone.name={self.name}", *weights]
+        return [f"model.backbone.name={self.name}", *weights, *self.own]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +61,20 @@ class Run:
     verdicts: Verdicts
 
 
-def parse_contenders(given: Sequence[str]) -> list[Contender]:
-    """From NAME or NAME=WEIGHTS each. Raises InputError for a name given twice."""
+def parse_contenders(given: Sequence[str], own: Sequence[Sequence[str]] = ()) -> list[Contender]:
+    """From NAME or NAME=WEIGHTS each. own: pairs of NAME and a setting key.path=value for it alone, as a pyramid of fewer levels needs.
+
+    Raises InputError for a name given twice, and a setting for one that takes no part.
+    """
     found = []
     for text in given:
         name, equals, weights = text.partition("=")
-        found.append(Contender(name=name, weights=weights if equals else None))
+        settings = tuple(setting for whose, setting in own if whose == name)
+        found.append(Contender(name=name, weights=weights if equals else None, own=settings))
+    names = [one.name for one in found]
+    for whose, setting in own:
+        if whose not in names:
+            raise InputError(f"--own {whose} {setting}: it takes no part;{nearest(whose, names)} choose from {', '.join(names)}")
     labels = [one.label for one in found]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
@@ -158,6 +167,7 @@ def format_comparison(content: dict[str, Any]) -> str:
         each, seeds = ", ".join(f"{100 * value:.1f}" for value in row["values"]), ", ".join(map(str, row["seeds"]))
         figures = f"{100 * row['mean']:.1f} | {100 * row['spread']:.1f} | {100 * row['gain']:+.1f}"
         lines.append(f"| {label} | {row['weights']} | {seeds} | {each} | {figures} |")
+    lines += [f"\n{label} alone: {' '.join(row['own'])}" for label, row in content["backbones"].items() if row["own"]]
     share = f"{100 * content['level']:.0f} % of {content['resamples']} draws of the test images"
     lines += ["", f"Gains between pairs, with the interval that holds {share}:", ""]
     lines += ["| from | to | gain | interval | share of draws above 0 |", "| --- " * 5 + "|"]
@@ -191,6 +201,7 @@ def _row(group: Sequence[Run], metric: str) -> dict[str, Any]:
     values = [run.metrics[metric] for run in group]
     return {
         "weights": group[0].weights,
+        "own": list(group[0].contender.own),
         "seeds": [run.seed for run in group],
         "values": values,
         "mean": float(np.mean(values)),

@@ -15,6 +15,7 @@ from resbackbone.errors import InputError
 from resbackbone.runtime.config import load_config, load_config_text
 
 if TYPE_CHECKING:
+    from detection.data.dataset import DetectionDataset
     from detection.data.loader import BatchLoader
     from detection.data.source import Source
     from resbackbone.runtime.distributed import Process
@@ -80,6 +81,7 @@ class ModelConfig:
     """The detector."""
 
     head: Literal["c4", "fpn", "dc5"] = "c4"  # the paper's own
+    weights: str | None = None  # a trained detector to start from, whatever its classes (fine_tune.py); null: the backbone's weights
     mask: bool = False  # the mask branch (He et al. 2017, figure 4): its left form on residual C4, else its right one
     anchor_sizes: tuple[int, ...] | None = None  # pixels; null: 32 … 512 (fpn: one size a level), as torchvision and detectron2
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -120,6 +122,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     channels_last: bool = True  # what convolutions want on CPU and GPU alike
     seed: int = 0
+    deterministic: bool = False  # on a GPU: two runs equal bit for bit, and slower; on the CPU they are anyway
     accumulate: int = 1  # forward passes per optimiser step
     clip_norm: float | None = None
     ema: float | None = None  # decay, e.g. 0.9998
@@ -174,7 +177,13 @@ class RunConfig(Protocol):
     def model(self) -> Any: ...
 
     @property
+    def data(self) -> DataConfig: ...
+
+    @property
     def train(self) -> TrainConfig: ...
+
+    @property
+    def eval(self) -> Any: ...
 
 
 def load_detection_config(path: Path | None, overrides: Sequence[str] = ()) -> DetectionConfig:
@@ -190,7 +199,7 @@ def parse_detection_config(text: str, *, source: str, overrides: Sequence[str] =
 def changed_settings(before: Any, after: Any) -> list[str]:
     """Every setting in which two configs of one schema differ, as `key.path: old → new`."""
     old, new = (dict(_flat(dataclasses.asdict(config))) for config in (before, after))
-    return [f"{key}: {old[key]} → {new[key]}" for key in old if old[key] != new[key]]
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]  # options come and go
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -214,8 +223,14 @@ def load_split(config: DetectionConfig, which: Literal["train", "val"]) -> Sourc
     return load_source(data.kind, data.root, getattr(data, which), masks=config.model.mask, images=data.images, exif=data.exif)
 
 
-def train_loader(config: DetectionConfig, source: Source, process: Process) -> tuple[BatchLoader, ResumableBatchSampler]:
-    """This process's share of endless training batches, and the sampler whose position a checkpoint keeps."""
+def train_loader(
+    config: RunConfig, source: Source, process: Process, *, kind: type[DetectionDataset] | None = None
+) -> tuple[BatchLoader, ResumableBatchSampler]:
+    """This process's share of endless training batches, and the sampler whose position a checkpoint keeps.
+
+    kind: what a sample is; None: an image with its objects.
+    """
+    from detection.data.dataset import DetectionDataset
     from detection.data.loader import build_train_loader
 
     return build_train_loader(
@@ -229,11 +244,13 @@ def train_loader(config: DetectionConfig, source: Source, process: Process) -> t
         max_size=config.data.max_size,
         flip=config.data.flip,
         empty_images=config.data.empty_images,
+        kind=kind or DetectionDataset,
     )
 
 
-def eval_loader(config: DetectionConfig, source: Source, process: Process) -> BatchLoader:
+def eval_loader(config: RunConfig, source: Source, process: Process, *, kind: type[DetectionDataset] | None = None) -> BatchLoader:
     """This process's share of the evaluation images; each image is in exactly one share."""
+    from detection.data.dataset import DetectionDataset
     from detection.data.loader import build_eval_loader
 
     return build_eval_loader(
@@ -244,4 +261,5 @@ def eval_loader(config: DetectionConfig, source: Source, process: Process) -> Ba
         world_size=process.world_size,
         min_size=config.data.min_size,
         max_size=config.data.max_size,
+        kind=kind or DetectionDataset,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,9 +32,17 @@ def write_start_files(output: Path, config: RunConfig) -> None:
 
 
 def announce(
-    log: RunLog, config: RunConfig, state: TrainState, train: Source, val: Source, *, base_lr: float, checkpoint: Path | None
+    log: RunLog,
+    config: RunConfig,
+    state: TrainState,
+    train: Source,
+    val: Source,
+    *,
+    base_lr: float,
+    checkpoint: Path | None,
+    taken_over: Sequence[str] = (),
 ) -> None:
-    """Say what is about to happen: data, learning rate as it becomes, trainable parameters, where it starts."""
+    """Say what is about to happen: data, learning rate as it becomes, trainable parameters, where it starts; and of what weights."""
     settings = config.train
     trainable = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in state.model.parameters())
@@ -43,6 +52,8 @@ def announce(
     report = next((module.load_report for module in state.model.modules() if isinstance(module, Backbone)), "")
     if report:
         log.message(f"backbone weights {config.model.backbone.weights}: {report}")
+    for line in taken_over:
+        log.message(line)
     images = settings.batch_size * settings.accumulate
     log.message(f"learning rate {settings.lr:g} for {settings.reference_batch} images a step → {base_lr:g} for {images}")
     if checkpoint is not None:

@@ -88,8 +88,13 @@ def _train_det(config: str, *words: str, data: str) -> Job:
     return Job(tool="train_det", words=("--config", f"configs/{config}.yaml", *words), data=(data,))
 
 
-def _eval_det(tool: str, weights: str, *words: str, data: str) -> Job:
-    return Job(tool=tool, words=("--weights", "{results}/" + weights + "/model_final.safetensors", *words), data=(data,), after=(weights,))
+def _fine_tune(config: str, start: str, *words: str, data: tuple[str, ...]) -> Job:
+    given = (f"model.weights={{results}}/{start}/model_final.safetensors", *words)
+    return Job(tool="train_det", words=("--config", f"configs/{config}.yaml", *given), data=data, after=(start,))
+
+
+def _eval_det(tool: str, weights: str, *words: str, data: tuple[str, ...]) -> Job:
+    return Job(tool=tool, words=("--weights", "{results}/" + weights + "/model_final.safetensors", *words), data=data, after=(weights,))
 
 
 def _train_cls(config: str, name: str, root: str, *words: str, data: str) -> Job:
@@ -102,10 +107,16 @@ JOBS: dict[str, Job] = {
     "voc_resnet101": _train_det("frcnn_r101_voc", "data.root={data}/voc", data="voc"),
     "coco_vgg16": _train_det("frcnn_vgg16_coco", *_COCO, data="coco"),
     "coco_resnet101": _train_det("frcnn_r101_coco", *_COCO, data="coco"),
-    "coco_resnet101_refine": _eval_det("eval_coco", "coco_resnet101", "model.test.refine=true", data="coco"),
+    "coco_resnet101_refine": _eval_det("eval_coco", "coco_resnet101", "model.test.refine=true", data=("coco",)),
     "coco_resnet101_context_trained": _train_det("frcnn_r101_coco", *_COCO, "model.test.context=true", data="coco"),
-    "coco_resnet101_context": _eval_det("eval_coco", "coco_resnet101_context_trained", "model.test.refine=true", data="coco"),
-    "coco_resnet101_scales": _eval_det("eval_coco", "coco_resnet101_context_trained", "model.test.refine=true", _SCALES, data="coco"),
+    "coco_resnet101_context": _eval_det("eval_coco", "coco_resnet101_context_trained", "model.test.refine=true", data=("coco",)),
+    "coco_resnet101_scales": _eval_det("eval_coco", "coco_resnet101_context_trained", "model.test.refine=true", _SCALES, data=("coco",)),
+    "voc_resnet101_from_coco": _fine_tune(
+        "frcnn_r101_voc", "coco_resnet101_context_trained", "data.root={data}/voc", "model.test.context=true", data=("coco", "voc")
+    ),
+    "voc_resnet101_from_coco_scales": _eval_det(
+        "eval_voc", "voc_resnet101_from_coco", "model.test.refine=true", _SCALES, data=("coco", "voc")
+    ),
 }
 
 # The networks of tables 3 and 4: what the paper calls them, ours, and options; all by configs/imagenet/resnet50.yaml.
@@ -228,8 +239,9 @@ TABLES: dict[str, PaperTable] = {
                 f"  {name}": (Cell(paper=ap, job="voc_resnet101", metric=f"VOC_11_point/{name}"),)
                 for name, ap in zip(VOC_CLASSES, _AP_OF_CLASSES, strict=True)
             },
-            "baseline+++ ResNet-101, COCO+07+12": _quoted(85.6, why="fine-tuning a COCO detector on VOC's classes is not built"),
+            "baseline+++ ResNet-101, COCO+07+12": (Cell(paper=85.6, job="voc_resnet101_from_coco_scales", metric="mAP_11_point"),),
         },
-        note="VOC 2007's own metric, 11 points; +++: refinement, context and multi-scale testing",
+        note="VOC 2007's own metric, 11 points; +++: refinement, context and multi-scale testing, from a COCO detector: ours saw COCO's "
+        "train part alone",
     ),
 }

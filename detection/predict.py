@@ -18,6 +18,7 @@ from detection.data.images import resize_image, resized_size
 from detection.ensemble import Ensemble
 from detection.faster_rcnn import FasterRCNN
 from detection.structures import Detections
+from detection.torchvision_weights import looks_like_torchvision, torchvision_detector
 from resbackbone.backbone import Preprocessing
 from resbackbone.errors import InputError
 from resbackbone.runtime import distributed
@@ -43,7 +44,7 @@ def detector_metadata(config: DetectionConfig, classes: Sequence[str], detector:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectorFile:
-    """The content of a weights file or checkpoint that training left."""
+    """The content of a weights file or checkpoint that training left. preprocessing: None where the file doesn't say."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -53,7 +54,7 @@ class DetectorFile:
 
 
 def read_detector_file(path: Path, *, expected: str = FORMAT) -> DetectorFile:
-    """Read model_final.safetensors or a checkpoint (its folder or its state.pt); InputError when it is something else.
+    """Read model_final.safetensors, a checkpoint (its folder or its state.pt), or torchvision's Faster or Mask R-CNN; else InputError.
 
     expected: the format its metadata must name; a segmenter's file is read by this as well.
     """
@@ -63,22 +64,32 @@ def read_detector_file(path: Path, *, expected: str = FORMAT) -> DetectorFile:
         tensors = saved["model"]
         if saved.get("ema") is not None:  # the average is what was judged
             tensors = {name.removeprefix("module."): value for name, value in saved["ema"].items() if name != "n_averaged"}
-        return DetectorFile(path=path, tensors=tensors, config=saved["config"], classes=tuple(saved["classes"]), preprocessing=None)
+        said = saved.get("metadata", {}).get("preprocessing")  # not in checkpoints of before 2026-11
+        classes = tuple(saved["classes"])
+        return DetectorFile(
+            path=path, tensors=tensors, config=saved["config"], classes=classes, preprocessing=said and _preprocessing(said)
+        )
     tensors, metadata = read_state_dict(path)
+    if expected == FORMAT and looks_like_torchvision(tensors):
+        tensors, text, classes = torchvision_detector(tensors, str(path))
+        return DetectorFile(path=path, tensors=tensors, config=text, classes=classes, preprocessing=Preprocessing())
     if metadata.get("format") != expected:
         raise InputError(
             f"{path} holds no {expected.split('-')[1]} of ours (its metadata lacks format={expected}); give a run's "
             "model_final.safetensors or a folder below its checkpoints/. Backbone weights belong into model.backbone.weights"
         )
-    values: dict[str, Any] = json.loads(metadata["preprocessing"])
-    values |= {name: tuple(values[name]) for name in ("mean", "std")}
     return DetectorFile(
         path=path,
         tensors=tensors,
         config=metadata["config"],
         classes=tuple(json.loads(metadata["classes"])),
-        preprocessing=Preprocessing(**values),
+        preprocessing=_preprocessing(metadata["preprocessing"]),
     )
+
+
+def _preprocessing(text: str) -> Preprocessing:
+    values: dict[str, Any] = json.loads(text)
+    return Preprocessing(**values | {name: tuple(values[name]) for name in ("mean", "std")})
 
 
 def config_from_weights(path: Path, overrides: Sequence[str] = ()) -> DetectionConfig:

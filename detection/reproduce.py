@@ -28,7 +28,8 @@ class Places:
         """The words of a job after `python`; training goes on where it was."""
         spec, goes_on = JOBS[job], ["--resume", "auto"] if JOBS[job].tool.startswith("train") else []
         words = [
-            word.format(data=self.data, results=self.results) if "={data}" in word or word.startswith("{") else word for word in spec.words
+            word.format(data=self.data, results=self.results) if "={data}" in word or "={results}" in word or word.startswith("{") else word
+            for word in spec.words
         ]
         return [f"tools/{spec.tool}.py", *words, "--output", str(self.results / job), *goes_on]
 

@@ -6,7 +6,7 @@ To the loss from here: config.py builds the detector, faster_rcnn.py tells its s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from detection.config import DetectionConfig, chosen_device, load_split, train_l
 from detection.data.loader import BatchLoader
 from detection.data.source import check_same_classes
 from detection.faster_rcnn import FasterRCNN
+from detection.fine_tune import detector_from
 from detection.finish import announce, finish, log_step, write_start_files
 from detection.nonfinite import stop_unless_finite
 from detection.out_of_memory import explain_out_of_memory
@@ -30,7 +31,7 @@ from resbackbone.runtime.checkpoint import load_checkpoint, resolve_resume
 from resbackbone.runtime.log import RunLog
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
-from resbackbone.runtime.random_state import seed_everything
+from resbackbone.runtime.random_state import deterministic, seed_everything
 from resbackbone.runtime.schedule import build_sgd, lr_factor, scaled_lr, set_lr
 from resbackbone.runtime.signals import Interrupted, SignalGuard
 from resbackbone.runtime.timing import StepTimer, bottleneck_sentence
@@ -63,7 +64,7 @@ def train(
     detector before it learns (alternating.py); None: nothing, all of it learns jointly. Raises InputError for wrong
     input before the first step, NonFiniteLoss when a loss is nan or infinite, Interrupted after SIGTERM, SIGUSR1 or SIGINT.
     """
-    with SignalGuard() as signals:
+    with SignalGuard() as signals, deterministic(config.train.deterministic):
         process = distributed.setup(chosen_device(config))
         try:
             if process.is_main:
@@ -86,7 +87,9 @@ def _run(
     seed_everything(settings.seed)
     train_source, val_source = load_split(config, "train"), load_split(config, "val")
     check_same_classes(train_source, val_source)
-    detector = prepare(build_detector(config, len(train_source.annotations.classes)).to(process.device))
+    classes, checkpoint = train_source.annotations.classes, resolve_resume(resume, output / "checkpoints")
+    detector, taken_over = _start(config, classes, checkpoint)
+    detector = prepare(detector.to(process.device))
     config = resolved_config(config, detector)
     if settings.channels_last:
         detector = detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -99,11 +102,10 @@ def _run(
         precision=Precision(settings.precision, process.device),
         sampler=sampler,
         folder=output / "checkpoints",
-        classes=train_source.annotations.classes,
-        metadata=detector_metadata(config, train_source.annotations.classes, detector),
+        classes=classes,
+        metadata=detector_metadata(config, classes, detector),
         tool="train_det",
     )
-    checkpoint = resolve_resume(resume, output / "checkpoints")
     if checkpoint is not None:
         state.restore(load_checkpoint(checkpoint), checkpoint)
     validator = Validator(config, val_source, process=process, precision=state.precision, signals=signals)
@@ -111,7 +113,7 @@ def _run(
     with contextlib.closing(log):
         if process.is_main:
             write_start_files(output, config)
-        announce(log, config, state, train_source, val_source, base_lr=base_lr, checkpoint=checkpoint)
+        announce(log, config, state, train_source, val_source, base_lr=base_lr, checkpoint=checkpoint, taken_over=taken_over)
         try:
             timer = run_loop(state, loader, validator, log, signals, process, base_lr=base_lr, output=output)
         except Interrupted:
@@ -123,6 +125,13 @@ def _run(
         log.message(bottleneck_sentence(timer.total(), workers=config.data.workers, device=process.device.type))
         weights = finish(state, validator, output, log, samples=config.eval.samples, report=config.eval.report)
         return TrainResult(metrics=state.metrics, primary=validator.primary, weights=weights, output=output)
+
+
+def _start(config: DetectionConfig, classes: Sequence[str], checkpoint: Path | None) -> tuple[FasterRCNN, list[str]]:
+    """The detector a run begins with, from a backbone's weights or a whole detector's, and what to say of the latter."""
+    if config.model.weights is None:
+        return build_detector(config, len(classes)), []
+    return detector_from(config, classes, checkpoint=checkpoint)
 
 
 def run_loop(

@@ -116,6 +116,7 @@ class TrainState:
             "metrics": self.metrics,
             "classes": list(self.classes),
             "config": dump_config(self.config),
+            "metadata": self.metadata,
         }
 
     def restore(self, saved: dict[str, Any], source: Path) -> None:

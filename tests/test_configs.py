@@ -48,7 +48,8 @@ def header_of(path: Path) -> str:
 def header_faults(path: Path) -> list[str]:
     header = header_of(path)
     faults = []
-    if f"python tools/{'train_seg' if is_segmenter(path) else 'train_det'}.py --config configs/{path.name}" not in header:
+    tool = "train_seg" if is_segmenter(path) else "compare_backbones" if path.stem.startswith("compare_") else "train_det"
+    if f"python tools/{tool}.py --config configs/{path.name}" not in header:
         faults.append("its command is missing")
     if len(re.split(r"python tools/", header)[0].split()) < 8:
         faults.append("what it is for is missing")

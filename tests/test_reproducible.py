@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +80,14 @@ def test_the_tool_prints_what_training_did_at_any_batch_size(first: tuple[Path, 
 def test_a_resolved_config_repeats_itself(first: tuple[Path, list[float]]) -> None:
     output, _ = first
     assert load_detection_config(output / "config.yaml") == config_from_weights(output / "model_final.safetensors")
+
+
+@pytest.mark.parametrize("trainer", ["detection.train", "detection.segmentation.train", "resbackbone.classification.train"])
+def test_every_trainer_takes_the_switch(trainer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = importlib.import_module(trainer)
+    seen = []
+    monkeypatch.setattr(module, "_run", lambda *args, **options: seen.append(torch.are_deterministic_algorithms_enabled()))
+    for number, wanted in enumerate((True, False)):
+        config = SimpleNamespace(train=SimpleNamespace(deterministic=wanted, device="cpu"), model=SimpleNamespace(head="fcn"))
+        module.train(config, tmp_path / str(number))
+    assert seen == [True, False]

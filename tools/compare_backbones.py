@@ -23,6 +23,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="S", help="of each backbone's trainings (default: 0 1)")
     parser.add_argument("--baseline", metavar="NAME", help="whose figure the gains count from (default: vgg16 if it takes part)")
+    parser.add_argument("--own", nargs=2, action="append", default=[], metavar=("NAME", "K=V"), help="a setting for one backbone alone")
     parser.add_argument("--output", type=Path, help="folder for runs/ and compare.json, .md, .png (default: runs/compare_<config>)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of the recipe that differ from the file")
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     output = args.output or Path("runs") / f"compare_{args.config.stem}"
     given = {"seeds": args.seeds, "overrides": args.overrides, "baseline": args.baseline}
-    paths = compare(args.config, parse_contenders(args.backbones), output, **given)
+    paths = compare(args.config, parse_contenders(args.backbones, args.own), output, **given)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
         print(paths["md"].read_text())
         print("\n".join(str(path) for path in paths.values()))

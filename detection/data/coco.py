@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +88,12 @@ def _to_arrays(content: CocoFile | CocoFileWithMasks, path: Path, folder: Path, 
     _note_duplicates(category_ids, "category", path, log)
     image_ids, file_names, sizes = _images(content, path, folder, log)
     objects = content.annotations
-    wanted = np.array([record.image_id for record in objects], dtype=np.int64)
+    wanted = _column(objects, "image_id", np.int64)
     image_of_box, known_image = _lookup(wanted, image_ids)
-    labels, known_category = _lookup(np.array([record.category_id for record in objects], dtype=np.int64), category_ids)
-    _note_unknown(content, known_category, path, log)
+    labels, known_category = _lookup(_column(objects, "category_id", np.int64), category_ids)
+    _note_unknown(content, wanted, known_category, path, log)
     known = known_image & known_category
-    boxes = np.array([record.bbox for record in objects], dtype=np.float64).reshape(-1, 4)
+    boxes = np.fromiter(chain.from_iterable(map(attrgetter("bbox"), objects)), np.float64, 4 * len(objects)).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     rows = np.flatnonzero(known)
     clipped, good = check_boxes(
@@ -102,9 +104,6 @@ def _to_arrays(content: CocoFile | CocoFileWithMasks, path: Path, folder: Path, 
         describe=lambda b: f"box [x, y, width, height] = {list(objects[rows[b]].bbox)}",
     )
     rows, clipped = rows[good], clipped[good]
-    spans = clipped[:, 2:] - clipped[:, :2]
-    stated = [objects[row].area for row in rows]
-    areas = np.array([spans[i].prod() if area is None else area for i, area in enumerate(stated)], dtype=np.float32)
     packed = _pack_masks(objects, rows, sizes[image_of_box[rows]], path, log) if masks else None
     return assemble(
         classes=[category.name for category in categories],
@@ -115,15 +114,29 @@ def _to_arrays(content: CocoFile | CocoFileWithMasks, path: Path, folder: Path, 
         image_of_box=image_of_box[rows],
         boxes=clipped,
         labels=labels[rows] + 1,
-        ignore=np.array([bool(objects[row].iscrowd) for row in rows], dtype=bool),
-        areas=areas,
+        ignore=_column(objects, "iscrowd", np.bool_)[rows],
+        areas=_areas(objects, rows, clipped),
         masks=packed,
     )
 
 
+def _column(records: Sequence[Any], name: str, dtype: type) -> np.ndarray:
+    """One field of every record; straight into the array, since a list on the way costs as much again."""
+    return np.fromiter(map(attrgetter(name), records), dtype, len(records))
+
+
+def _areas(objects: Sequence[Any], rows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """float32 [B]: the stated areas of `objects[rows]`, those of their boxes (xyxy [B, 4]) where none is stated."""
+    stated = [record.area for record in objects]
+    missing = np.array([area is None for area in stated], dtype=bool)[rows] if None in stated else np.zeros(len(rows), dtype=bool)
+    areas = np.array(stated, dtype=np.float64)[rows]  # None becomes NaN
+    areas[missing] = (boxes[missing, 2:] - boxes[missing, :2]).prod(axis=1)
+    return areas.astype(np.float32)
+
+
 def _images(content: CocoFile | CocoFileWithMasks, path: Path, folder: Path, log: ProblemLog) -> tuple[np.ndarray, list[str], np.ndarray]:
     """(ids, file names, sizes [I, 2] as (height, width)) of the images that are sound."""
-    all_ids = np.array([image.id for image in content.images], dtype=np.int64)
+    all_ids = _column(content.images, "id", np.int64)
     first = _note_duplicates(all_ids, "image", path, log)
     records = [image for image, keep in zip(content.images, first, strict=True) if keep]
     sized = []
@@ -134,9 +147,8 @@ def _images(content: CocoFile | CocoFileWithMasks, path: Path, folder: Path, log
             sized.append(image)
     there = check_file_names([image.file_name for image in sized], folder, log, file=path, ids=[image.id for image in sized])
     records = [image for image, keep in zip(sized, there, strict=True) if keep]
-    ids = np.array([image.id for image in records], dtype=np.int64)
-    sizes = np.array([(image.height, image.width) for image in records], dtype=np.int64).reshape(-1, 2)
-    return ids, [image.file_name for image in records], sizes
+    sizes = np.stack([_column(records, side, np.int64) for side in ("height", "width")], axis=1)
+    return _column(records, "id", np.int64), [image.file_name for image in records], sizes
 
 
 def _lookup(wanted: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,15 +172,18 @@ def _note_duplicates(ids: np.ndarray, what: str, path: Path, log: ProblemLog) ->
     return is_first
 
 
-def _note_unknown(content: CocoFile | CocoFileWithMasks, known_category: np.ndarray, path: Path, log: ProblemLog) -> None:
+def _note_unknown(
+    content: CocoFile | CocoFileWithMasks, image_ids: np.ndarray, known_category: np.ndarray, path: Path, log: ProblemLog
+) -> None:
     """Annotations that point at images or categories which the file does not list."""
-    _note_duplicates(np.array([record.id for record in content.annotations], dtype=np.int64), "annotation", path, log)
-    listed = {image.id for image in content.images}
+    _note_duplicates(_column(content.annotations, "id", np.int64), "annotation", path, log)
+    _, known_image = _lookup(image_ids, _column(content.images, "id", np.int64))
     names = [f"{category.id} ({category.name})" for category in content.categories]
-    for record, known in zip(content.annotations, known_category.tolist(), strict=True):
-        if listed and record.image_id not in listed:
+    for row in np.flatnonzero(~(known_image & known_category)).tolist():
+        record = content.annotations[row]
+        if content.images and not known_image[row]:
             log.add("unknown_image", f"image_id {record.image_id} is not among `images`", file=path, annotation=record.id)
-        if names and not known:
+        if names and not known_category[row]:
             words = f"category_id {record.category_id} is not among `categories`: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}"
             log.add("unknown_category", words, file=path, image=record.image_id, annotation=record.id)
 

@@ -77,7 +77,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return image
     if size[0] >= height and size[1] >= width:
         return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # of [None] last, torch wouldn't see the memory as channels-last
     shrunk = torch.nn.functional.interpolate(planes, size=list(size), mode="bilinear", antialias=True)
     return np.ascontiguousarray(shrunk[0].permute(1, 2, 0).numpy())
 

@@ -125,7 +125,7 @@ def paired_bootstrap(first: Verdicts, second: Verdicts, *, resamples: int = 1000
 def draws(images: int, *, resamples: int, seed: int = 0) -> np.ndarray:
     """(1 + resamples, images) int64: how often each image is drawn; the first row is every image once, the data set itself."""
     draw = np.random.default_rng(seed)
-    drawn = [np.bincount(draw.integers(0, images, images), minlength=images) for _ in range(resamples)]
+    drawn = [np.bincount(draw.integers(0, max(images, 1), images), minlength=images) for _ in range(resamples)]
     return np.stack([np.ones(images, dtype=np.int64), *drawn])
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 
+from detection.config import eval_loader as detection_eval_loader
+from detection.config import train_loader as detection_train_loader
 from detection.data import Source, load_source
 from detection.data.annotations import Annotations
 from detection.data.augment import Scene
 from detection.data.dataset import DetectionDataset
-from detection.data.loader import BatchLoader, build_eval_loader, build_train_loader
 from detection.segmentation.config import SegmentationConfig
 from detection.structures import Target
 from resbackbone.errors import InputError
-from resbackbone.runtime.distributed import Process
-from resbackbone.runtime.sampler import ResumableBatchSampler
 
 IGNORED = 255
 
@@ -62,32 +62,5 @@ def load_split(config: SegmentationConfig, which: Literal["train", "val"]) -> So
     return load_source(data.kind, data.root, getattr(data, which), masks=True, images=data.images, exif=data.exif)
 
 
-def train_loader(config: SegmentationConfig, source: Source, process: Process) -> tuple[BatchLoader, ResumableBatchSampler]:
-    """This process's share of endless training batches, and the sampler whose position a checkpoint keeps."""
-    return build_train_loader(
-        source,
-        batch_size=config.train.batch_size,
-        workers=config.data.workers,
-        seed=config.train.seed,
-        rank=process.rank,
-        world_size=process.world_size,
-        min_size=config.data.min_size,
-        max_size=config.data.max_size,
-        flip=config.data.flip,
-        empty_images=config.data.empty_images,
-        kind=SegmentationDataset,
-    )
-
-
-def eval_loader(config: SegmentationConfig, source: Source, process: Process) -> BatchLoader:
-    """This process's share of the evaluation images; each image is in exactly one share."""
-    return build_eval_loader(
-        source,
-        batch_size=config.eval.batch_size,
-        workers=config.data.workers,
-        rank=process.rank,
-        world_size=process.world_size,
-        min_size=config.data.min_size,
-        max_size=config.data.max_size,
-        kind=SegmentationDataset,
-    )
+train_loader = partial(detection_train_loader, kind=SegmentationDataset)
+eval_loader = partial(detection_eval_loader, kind=SegmentationDataset)

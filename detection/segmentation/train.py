@@ -26,7 +26,7 @@ from resbackbone.runtime.checkpoint import load_checkpoint, resolve_resume
 from resbackbone.runtime.log import RunLog
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
-from resbackbone.runtime.random_state import seed_everything
+from resbackbone.runtime.random_state import deterministic, seed_everything
 from resbackbone.runtime.schedule import build_sgd, scaled_lr
 from resbackbone.runtime.signals import Interrupted, SignalGuard
 from resbackbone.runtime.timing import bottleneck_sentence
@@ -38,7 +38,7 @@ def train(config: SegmentationConfig, output: Path, *, resume: str | None = None
     resume: None, "auto" (the newest checkpoint that is whole, if any) or the path of a checkpoint. Raises InputError for wrong
     input before the first step, NonFiniteLoss when a loss is nan or infinite, Interrupted after SIGTERM, SIGUSR1 or SIGINT.
     """
-    with SignalGuard() as signals:
+    with SignalGuard() as signals, deterministic(config.train.deterministic):
         process = distributed.setup(chosen_device(config))
         try:
             if config.model.head == "deeplabv3":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detection.build import build_detector
-from detection.config import parse_detection_config
+from detection.config import changed_settings, parse_detection_config
 from detection.structures import Target
 
 KINDS = [
@@ -48,3 +48,11 @@ def test_it_learns_and_detects(name: str, variant: str, head: str, options: str)
     assert [key for key, p in learning if p.grad is None] == []
     (found,) = detector.eval().detect([image])
     assert found.boxes.shape[1] == 4
+
+
+def test_settings_that_come_and_go_are_changes_too() -> None:
+    """A network's options are no fixed keys: one that only one of the configs has is told like any other."""
+    plain = parse_detection_config("train: {lr: 0.01}", source="here")
+    other = parse_detection_config("{train: {lr: 0.02}, model: {backbone: {options: {shortcut: A}}}}", source="here")
+    assert changed_settings(plain, other) == ["train.lr: 0.01 → 0.02", "model.backbone.options.shortcut: None → A"]
+    assert changed_settings(other, plain) == ["model.backbone.options.shortcut: A → None", "train.lr: 0.02 → 0.01"]

@@ -167,6 +167,27 @@ def test_baselines_and_names() -> None:
         parse_contenders(["vgg16", "resnet18", "vgg16=null"])
 
 
+def test_a_setting_for_one_backbone_alone(trained: list, recipe: Path, tmp_path: Path) -> None:
+    given = [
+        "--config",
+        str(recipe),
+        "--backbones",
+        "resnet18",
+        "vgg16",
+        "--own",
+        "vgg16",
+        "model.anchor_sizes=[8,16,32,64]",
+        "--seeds",
+        "0",
+    ]
+    assert compare_backbones.main([*given, "--output", str(tmp_path / "out")]) == 0
+    kept = [yaml.safe_load((tmp_path / f"out/runs/{name}/seed_0/config.yaml").read_text()) for name in ("resnet18", "vgg16")]
+    assert [one["model"]["anchor_sizes"] for one in kept] == [None, [8, 16, 32, 64]]
+    assert "\nvgg16 alone: model.anchor_sizes=[8,16,32,64]\n" in (tmp_path / "out/compare.md").read_text()
+    with pytest.raises(InputError, match=r"--own vgg train.lr=1: it takes no part; did you mean 'vgg16'"):
+        parse_contenders(["resnet18", "vgg16"], [("vgg", "train.lr=1")])
+
+
 def test_a_baseline_that_takes_no_part(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--baseline resnet5 takes no part; did you mean 'resnet50'"):
         compare(recipe, parse_contenders(["resnet50"]), tmp_path, baseline="resnet5")

@@ -130,6 +130,42 @@ def test_running_does_what_is_missing_in_order_and_nothing_twice(places: Places)
     assert len(ran) == 5
 
 
+def test_the_last_row_of_table_10_is_a_chain_from_coco_to_voc(places: Places) -> None:
+    have_data(places, "coco", "voc")
+    for job in ("voc_vgg16", "voc_resnet101"):
+        finish(places, job, {"mAP_11_point": 0.7, **{f"VOC_11_point/{name}": 0.7 for name in _classes()}})
+    ran: list[list[str]] = []
+
+    def runner(words: list[str]) -> int:
+        ran.append(words)
+        finish(places, Path(words[words.index("--output") + 1]).name, {"AP50": 0.5, "AP": 0.3, "mAP_11_point": 0.8512})
+        return 0
+
+    assert reproduce("table10", places, run=True, runner=runner).count("85.12") == 1
+    coco, voc, last = ran
+    assert [words[0] for words in ran] == ["tools/train_det.py", "tools/train_det.py", "tools/eval_voc.py"]
+    assert "configs/frcnn_r101_coco.yaml" in coco
+    assert f"model.weights={places.results}/coco_resnet101_context_trained/model_final.safetensors" in voc
+    assert all("model.test.context=true" in words for words in (coco, voc))
+    config = load_detection_config(REPOSITORY / "configs/frcnn_r101_voc.yaml", voc[3:6])
+    assert (config.model.weights, config.model.backbone.name) == (voc[3].partition("=")[2], "resnet101")
+    assert last[2] == f"{places.results}/voc_resnet101_from_coco/model_final.safetensors"
+    assert {"model.test.refine=true", "model.test.scales=[200,400,600,800,1000]"} < set(last)
+
+
+def test_without_coco_the_fine_tuning_waits(places: Places) -> None:
+    have_data(places, "voc")
+    ran: list[str] = []
+
+    def runner(words: list[str]) -> int:
+        ran.append(Path(words[words.index("--output") + 1]).name)
+        finish(places, ran[-1], {"mAP_11_point": 0.7, **{f"VOC_11_point/{name}": 0.7 for name in _classes()}})
+        return 0
+
+    assert "cocodataset.org" in reproduce("table10", places, run=True, runner=runner)
+    assert ran == ["voc_vgg16", "voc_resnet101"]
+
+
 def test_running_without_data_runs_nothing(places: Places) -> None:
     def runner(words: list[str]) -> int:
         raise AssertionError(words)

@@ -43,6 +43,7 @@ const of = (perClass, cls = choice.cls) => cls === ALL ? mean(perClass) : perCla
 const className = cls => cls === ALL ? 'all classes' : data.classes[cls];
 const swatch = run => el('i', {style: `background:${COLORS[run]}`});
 const between = interval => `${signed(interval[1])} … ${signed(interval[2])}`;
+const span = interval => interval ? `${number(interval[1])} … ${number(interval[2])}` : '';
 const tone = interval => interval[1] > 0 ? 'gain' : interval[2] < 0 ? 'loss' : 'quiet';
 
 // ---- head, cards and figures
@@ -68,6 +69,7 @@ function drawSummary() {
     const [one, other] = runs.map(run => run.figures[key]);
     const interval = two && data.comparison.overall[key];
     return el('div', {class: 'card'}, title, el('b', {'data-figure': key}, number(one)), el('span', {class: 'quiet'}, note),
+      !two && runs[0].intervals[key] ? el('span', {class: 'against', 'data-interval': key}, `95 %: ${span(runs[0].intervals[key])}`) : null,
       two && other !== undefined ? el('span', {class: 'against'}, `${number(other)} `, el('span', {class: interval ? tone(interval) : 'quiet'}, signed(other - one))) : null);
   });
   const sure = runs[0], right = sum(sure.right), claimed = sum(sure.sure), objects = sum(data.objects[data.objects.length - 1]);
@@ -75,12 +77,13 @@ function drawSummary() {
     `score of the best F1: precision ${number(claimed ? right / claimed : null, 2)}, recall ${number(objects ? right / objects : null, 2)}`)));
   byId('cards').replaceChildren(...cards);
   const rows = Object.keys(runs[0].figures).map(key => el('tr', {}, el('th', {scope: 'row'}, LONG[key.replace('segm/', '')] ? (key.startsWith('segm/') ? 'masks: ' : '') + LONG[key.replace('segm/', '')] : key),
-    ...runs.map(run => el('td', {'data-figure-exact': run.figures[key]}, number(run.figures[key], 4))), ...(two ? differenceCells(key) : [])));
-  const heads = ['Figure', ...runs.map(run => run.name), ...(two ? ['Difference', '95 % interval'] : [])];
+    ...runs.map(run => el('td', {'data-figure-exact': run.figures[key]}, number(run.figures[key], 4))), ...(two ? differenceCells(key) : [el('td', {}, span(runs[0].intervals[key]))])));
+  const heads = ['Figure', ...runs.map(run => run.name), ...(two ? ['Difference', '95 % interval'] : ['95 % interval'])];
   const table = el('table', {}, el('thead', {}, el('tr', {}, heads.map(text => el('th', {scope: 'col'}, text)))), el('tbody', {}, rows));
   byId('figures').replaceChildren(el('details', {open: two}, el('summary', {}, 'All figures'), table,
-    two ? el('p', {class: 'quiet'}, `Difference: second less first. The interval is of a paired bootstrap over images (${data.comparison.resamples} draws); where it does not hold 0, ` +
-      'other images of this kind would hardly turn the order round. It says nothing about another seed of training.') : null));
+    el('p', {class: 'quiet'}, two ? `Difference: second less first. The interval is of a paired bootstrap over images (${data.resamples} draws); where it does not hold 0, ` +
+      'other images of this kind would hardly turn the order round. It says nothing about another seed of training.' :
+      `The interval is of a bootstrap over images (${data.resamples} draws): between these lies what as many other images of this kind would give. It says nothing about another seed of training.`)));
 }
 
 function differenceCells(key) {

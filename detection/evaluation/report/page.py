@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detection.evaluation.bootstrap import class_aps, compare_aps, draws, verdicts_of
+from detection.evaluation.bootstrap import Interval, Verdicts, class_aps, compare_aps, draws, verdicts_of
 from detection.evaluation.coco import CocoEvaluation, class_names
 from detection.evaluation.coco_matching import IOUS, CocoArrays, coco_arrays
 from detection.evaluation.report.curves import SIZE_BORDERS, best_threshold, confusions, precision_recall, size_curve
@@ -36,11 +36,15 @@ _PLACEHOLDERS = {"/*STYLE*/": "page.css", "/*SCRIPT*/": "page.js"}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A detector's detections, judged. figures: what the tools print, by name; COCO's are those of `evaluation`."""
+    """A detector's detections, judged. figures: what the tools print, by name; COCO's are those of `evaluation`.
+
+    verdicts: behind figures that aren't COCO's (VOC's means), for their intervals; COCO's are made of `evaluation`.
+    """
 
     name: str
     evaluation: CocoEvaluation
     figures: dict[str, float]
+    verdicts: dict[str, Verdicts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,7 @@ class _Analysis:
     errors: Errors
     threshold: float
     counts: Tally
+    drawn: dict[str, np.ndarray]  # figure → (E, 1 + RESAMPLES) APs of each class (and IoU), in the data set and in draws of its images
 
 
 def write_report(folder: Path, run: Run, *, pictures: Pictures, other: Run | None = None, most_images: int = MOST_IMAGES) -> Path:
@@ -64,7 +69,17 @@ def _analyse(run: Run) -> _Analysis:
     arrays = coco_arrays(run.evaluation.truth, run.evaluation.numbers)
     errors = find_errors(arrays)
     threshold = best_threshold(arrays, errors)
-    return _Analysis(run=run, arrays=arrays, errors=errors, threshold=threshold, counts=tally(arrays, errors, threshold=threshold))
+    counts = tally(arrays, errors, threshold=threshold)
+    return _Analysis(run=run, arrays=arrays, errors=errors, threshold=threshold, counts=counts, drawn=_drawn(run, arrays))
+
+
+def _drawn(run: Run, arrays: CocoArrays) -> dict[str, np.ndarray]:
+    """The same draws for every figure and every run, so that runs are compared on the same images."""
+    assert IOUS[0] == 0.5
+    times = draws(len(arrays.image_ids), resamples=RESAMPLES)
+    coco = class_aps(verdicts_of(arrays), times)
+    own = {name: class_aps(verdicts, times) for name, verdicts in run.verdicts.items()}
+    return own | {"AP": coco, "AP50": coco[: len(arrays.category_ids)]}
 
 
 def report_data(analyses: list[_Analysis], pictures: Pictures, *, most_images: int) -> dict[str, Any]:
@@ -79,7 +94,8 @@ def report_data(analyses: list[_Analysis], pictures: Pictures, *, most_images: i
         "crowds": int(arrays.object_crowd.sum()),
         "imageCount": len(arrays.image_ids),
         "runs": [_run_data(one) for one in analyses],
-        "comparison": _comparison(*(one.arrays for one in analyses)) if len(analyses) == 2 else None,
+        "resamples": RESAMPLES,
+        "comparison": _comparison(*(one.drawn for one in analyses)) if len(analyses) == 2 else None,
         "images": _image_data(analyses, pictures, most_images),
     }
 
@@ -110,6 +126,7 @@ def _run_data(one: _Analysis) -> dict[str, Any]:
     return {
         "name": one.run.name,
         "figures": {name: value for name, value in figures.items() if "/" not in name.removeprefix("segm/")},
+        "intervals": {name: _interval(compare_aps(aps, aps).first) for name, aps in one.drawn.items() if figures.get(name, -1) >= 0},
         "perClass": {kind: [figures.get(f"{kind}/{name}") for name in names] for kind in ("AP", "VOC", "VOC_11_point", "segm/AP")},
         "threshold": one.threshold,
         "detections": len(one.run.evaluation.numbers),
@@ -131,22 +148,23 @@ def _object_counts(arrays: CocoArrays) -> list[list[int]]:
     return [*counts.tolist(), total.tolist()]
 
 
-def _comparison(first: CocoArrays, second: CocoArrays) -> dict[str, Any]:
-    """Intervals of the differences, second - first: of AP, AP50 and each class's AP50, null for a class without objects."""
-    times = draws(len(first.image_ids), resamples=RESAMPLES)
-    both = [class_aps(verdicts_of(one), times) for one in (first, second)]
-    assert IOUS[0] == 0.5
-    at_half = [aps[: len(first.category_ids)] for aps in both]
+def _comparison(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Intervals of the differences, second - first: of figures both have, and of each class's AP50, null for a class without objects."""
     return {
-        "resamples": RESAMPLES,
-        "overall": {"AP": _difference(*both), "AP50": _difference(*at_half)},
-        "classes": [None if np.isnan(one[0]) else _difference(one[None], other[None]) for one, other in zip(*at_half, strict=True)],
+        "overall": {name: _difference(first[name], second[name]) for name in first if name in second},
+        "classes": [
+            None if np.isnan(one[0]) else _difference(one[None], other[None])
+            for one, other in zip(first["AP50"], second["AP50"], strict=True)
+        ],
     }
 
 
 def _difference(first: np.ndarray, second: np.ndarray) -> list[float]:
-    gain = compare_aps(first, second).difference
-    return [gain.value, gain.low, gain.high]
+    return _interval(compare_aps(first, second).difference)
+
+
+def _interval(found: Interval) -> list[float]:
+    return [found.value, found.low, found.high]
 
 
 def _image_data(analyses: list[_Analysis], pictures: Pictures, most: int) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 
 from detection.data.images import read_image
 from detection.data.source import Source
+from detection.evaluation.bootstrap import voc_verdicts
 from detection.evaluation.coco import Engine, evaluate_coco, evaluate_coco_fully
 from detection.evaluation.coco_truth import IouType
-from detection.evaluation.evaluate import voc_figures, voc_rows_as_coco
+from detection.evaluation.evaluate import voc_figures, voc_rows_as_coco, voc_truth
 from detection.evaluation.report.images import Pictures
 from detection.evaluation.report.page import Run, write_report
 from detection.evaluation.results import Record, coco_image_ids, coco_results, voc_results, write_metrics
@@ -162,7 +164,10 @@ def _source_run(source: Source, detections: Path | Rows, name: str, iou: float, 
     if source.metric == "voc":
         figures = voc_figures(source, detections, iou=iou, engine=engine)
         rows = voc_rows_as_coco(read_rows(detections, VocRow), source)
-        return Run(name=name, evaluation=evaluate_coco_fully(source.annotations.to_coco(), rows, engine=engine), figures=figures)
+        area = voc_verdicts(voc_truth(source), detections, iou=iou)
+        verdicts = {"mAP": area, "mAP_11_point": replace(area, metric="11-point")}
+        evaluation = evaluate_coco_fully(source.annotations.to_coco(), rows, engine=engine)
+        return Run(name=name, evaluation=evaluation, figures=figures, verdicts=verdicts)
     # COCO's own file where there is one, as evaluate_source takes it: areas and crowds are its own.
     truth: Path | dict[str, Any] = source.annotation_file or source.annotations.to_coco()
     given = detections if isinstance(detections, Path) else list(detections)

@@ -14,6 +14,8 @@ from pycocotools.coco import COCO
 
 from detection.data import coco, load_source
 from detection.data.masks import compress_counts
+from detection.data.problems import ProblemLog
+from detection.data.source import check_file_names
 from resbackbone.errors import InputError
 
 
@@ -234,3 +236,40 @@ def test_a_format_of_ones_own_is_one_file(tmp_path: Path, monkeypatch: pytest.Mo
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert len(load_source("my_project.my_format", coco_mini, "val").annotations) == 41
+
+
+def test_missing_areas_are_those_of_the_boxes(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
+    objects: list[dict] = [
+        {"bbox": [1, 1, 0, 4], "area": 70.0},  # left out: no area
+        {"bbox": [2, 2, 5, 4]},
+        {"bbox": [3, 3, 5, 5], "area": 12.5, "iscrowd": 1},
+        {"bbox": [90, 40, 10.5, 5]},  # cut to the image
+    ]
+    content = {
+        "images": [{"id": 3, "file_name": "a.jpg", "height": 50, "width": 100}],
+        "annotations": [{"id": number, "image_id": 3, "category_id": 9, **one} for number, one in enumerate(objects)],
+        "categories": [{"id": 9, "name": "thing"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    annotations = load_source("coco", tmp_path, "a.json", images="images").annotations
+    assert annotations.areas.tolist() == [20.0, 12.5, 50.0]
+    assert annotations.ignore.tolist() == [False, True, False]
+    content["annotations"] = []
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    none = load_source("coco", tmp_path, "a.json", images="images").annotations
+    assert none.boxes.shape == (0, 4)
+    assert none.areas.shape == none.labels.shape == none.ignore.shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["..", "", ".", "sub\\..\\..\\a.jpg", "../images/a.jpg"])
+def test_a_name_that_leaves_the_folder_is_refused_even_where_it_is_listed(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.jpg").touch()
+    if "\\" in name:
+        (folder / name).touch()  # one file's name on Linux, a way out on Windows
+    log = ProblemLog()
+    assert check_file_names(["a.jpg", name, "./a.jpg"], folder, log, file="a.json", ids=[1, 2, 3]) == [True, False, True]
+    assert [(one.kind, one.image) for one in log] == [("path_escape", 2)]

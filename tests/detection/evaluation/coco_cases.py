@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from detection.evaluation.voc import VocTruth
+
 Row = dict[str, Any]
 
 
@@ -115,3 +117,22 @@ def _shifted(segmentation: Any, image: Row, by: int) -> Row:
     if isinstance(code, dict) and isinstance(code["counts"], list):
         code = coco_mask.frPyObjects(code, height, width)
     return encoded(np.roll(coco_mask.decode(coco_mask.merge(code) if isinstance(code, list) else code), by, axis=0))
+
+
+def copied_voc(truth: VocTruth, rows: list[dict[str, Any]], times: np.ndarray) -> tuple[VocTruth, list[dict[str, Any]]]:
+    """VOC's truth and detections with image i there times[i] times, each copy an image of its own."""
+    chosen = [(i, copy) for i, count in enumerate(times.tolist()) for copy in range(count)]
+    objects = [np.flatnonzero(truth.image_of == i) for i, _ in chosen]
+    flat = np.concatenate(objects)
+    more = VocTruth(
+        classes=truth.classes,
+        image_ids=tuple(f"{truth.image_ids[i]}_{copy}" for i, copy in chosen),
+        image_of=np.repeat(np.arange(len(chosen)), [len(one) for one in objects]),
+        labels=truth.labels[flat],
+        boxes=truth.boxes[flat],
+        difficult=truth.difficult[flat],
+    )
+    found = [
+        row | {"image_id": f"{truth.image_ids[i]}_{copy}"} for i, copy in chosen for row in rows if row["image_id"] == truth.image_ids[i]
+    ]
+    return more, found

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coco_cases import random_case
+from coco_cases import copied_voc, random_case
 
 from detection.evaluation.bootstrap import coco_verdicts, mean_ap, paired_bootstrap, voc_verdicts
 from detection.evaluation.coco import evaluate_coco
 from detection.evaluation.evaluate import voc_truth
-from detection.evaluation.voc import VocTruth, evaluate_voc
+from detection.evaluation.voc import evaluate_voc
 from detection.evaluation.voc_files import annotated_images
 from resbackbone.errors import InputError
 
@@ -60,21 +60,7 @@ def test_a_voc_image_counted_twice_is_an_image_copied(shared_data: Path, metric:
     truth = voc_truth(source)
     rows = [row | {"score": 1.0 / (2 + n)} for n, row in enumerate(_voc_rows(folder))]
     times = np.random.default_rng(0).integers(0, 3, len(truth.image_ids))
-    chosen = [(i, copy) for i, count in enumerate(times.tolist()) for copy in range(count)]
-    objects = [np.flatnonzero(truth.image_of == i) for i, _ in chosen]
-    flat = np.concatenate(objects)
-    more = VocTruth(
-        classes=truth.classes,
-        image_ids=tuple(f"{truth.image_ids[i]}_{copy}" for i, copy in chosen),
-        image_of=np.repeat(np.arange(len(chosen)), [len(one) for one in objects]),
-        labels=truth.labels[flat],
-        boxes=truth.boxes[flat],
-        difficult=truth.difficult[flat],
-    )
-    found = [
-        row | {"image_id": f"{truth.image_ids[i]}_{copy}"} for i, copy in chosen for row in rows if row["image_id"] == truth.image_ids[i]
-    ]
-    result = evaluate_voc(more, found)
+    result = evaluate_voc(*copied_voc(truth, rows, times))
     expected = result.map_area if metric == "area" else result.map_11_point
     assert 0.2 < expected < 0.9
     assert mean_ap(voc_verdicts(truth, rows, metric=metric), times) == pytest.approx(expected, abs=1e-12)

@@ -104,6 +104,9 @@ def test_figures_and_charts_are_there(one: Page, folder: Path) -> None:
     assert text_of(one, "[data-figure='AP']") == f"{data['runs'][0]['figures']['AP']:.3f}"
     exact = one.run("[...document.querySelectorAll('[data-figure-exact]')].map(cell => Number(cell.dataset.figureExact))")
     assert exact == list(data["runs"][0]["figures"].values())
+    _, low, high = data["runs"][0]["intervals"]["AP"]
+    assert text_of(one, "[data-interval='AP']") == f"95 %: {low:.3f} … {high:.3f}"
+    assert one.run("document.querySelectorAll('#figures tbody tr')[0].lastChild.textContent") == f"{low:.3f} … {high:.3f}"
     assert one.run("document.querySelectorAll('#pr path').length") == 3
     assert one.run("document.querySelectorAll('#sizes rect').length") >= 4
     assert one.run("document.querySelectorAll('#class-table tbody tr').length") == 3

@@ -15,10 +15,11 @@ from report_cases import noisy_records, shapes
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parents[1])]
-from coco_cases import random_case  # noqa: E402
+from coco_cases import copied_voc, random_case  # noqa: E402
 
+from detection.evaluation.bootstrap import coco_verdicts, paired_bootstrap  # noqa: E402
 from detection.evaluation.coco import NAMES, evaluate_coco  # noqa: E402
-from detection.evaluation.evaluate import evaluate_source  # noqa: E402
+from detection.evaluation.evaluate import evaluate_source, voc_truth  # noqa: E402
 from detection.evaluation.report import page  # noqa: E402
 from detection.evaluation.report.errors import MISSED  # noqa: E402
 from detection.evaluation.report.report import (  # noqa: E402
@@ -29,6 +30,8 @@ from detection.evaluation.report.report import (  # noqa: E402
     run_name,
 )
 from detection.evaluation.results import write_results  # noqa: E402
+from detection.evaluation.voc import evaluate_voc  # noqa: E402
+from detection.evaluation.voc_files import annotated_images  # noqa: E402
 from resbackbone.errors import InputError  # noqa: E402
 from tools import eval_coco, eval_voc  # noqa: E402
 
@@ -145,6 +148,43 @@ def test_voc_has_its_own_figures_too(shared_data: Path, tmp_path: Path) -> None:
     assert parsed(tmp_path / "strict")[1]["runs"][0]["figures"]["mAP"] == stricter["mAP"] == pytest.approx(0.353917, abs=1e-6)
 
 
+def test_intervals_are_those_of_a_literal_bootstrap(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VOC's means on images copied by hand, as often as each was drawn; of one run, and of two on the same draws."""
+    monkeypatch.setattr(page, "RESAMPLES", 30)
+    folder = shared_data / "voc_known_answer"
+    rows = [row | {"score": 1.0 / (2 + n)} for n, row in enumerate(json.loads((folder / "detections.json").read_text()))]  # no ties
+    fewer = [row for n, row in enumerate(rows) if n % 3]
+    files = [write_json(tmp_path / f"{name}.json", some) for name, some in (("all", rows), ("fewer", fewer))]
+    printed = evaluate_voc_files(folder, "test", files[1], report=tmp_path, compare=files[0])
+    data = parsed(tmp_path)[1]
+    truth, draw, literal = voc_truth(annotated_images(folder, "test")), np.random.default_rng(0), []
+    for _ in range(30):
+        times = np.bincount(draw.integers(0, len(truth.image_ids), len(truth.image_ids)), minlength=len(truth.image_ids))
+        results = [evaluate_voc(*copied_voc(truth, some, times)) for some in (fewer, rows)]
+        literal.append([[one.map_area, one.map_11_point] for one in results])
+    drawn = np.array(literal)  # (30, 2 runs, 2 figures)
+    for number, name in enumerate(("mAP", "mAP_11_point")):
+        for run, one in zip(data["runs"], drawn[:, :, number].T, strict=True):
+            assert run["intervals"][name] == pytest.approx([run["figures"][name], *np.quantile(one, [0.025, 0.975])], abs=1e-12)
+        gains = drawn[:, 1, number] - drawn[:, 0, number]
+        first, second = (run["figures"][name] for run in data["runs"])
+        assert data["comparison"]["overall"][name] == pytest.approx([second - first, *np.quantile(gains, [0.025, 0.975])], abs=1e-12)
+        assert np.ptp(gains) > 0.005
+    assert data["runs"][0]["figures"]["mAP"] == printed["mAP"]
+    assert data["resamples"] == 30
+
+
+def test_cocos_ap_has_its_interval_in_one_run_too(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "RESAMPLES", 40)
+    evaluate_coco_files(*known_answer(shared_data), report=tmp_path)
+    run = parsed(tmp_path)[1]["runs"][0]
+    assert run["intervals"].keys() == {"AP", "AP50"}
+    for name, ious in (("AP", np.linspace(0.5, 0.95, 10).tolist()), ("AP50", [0.5])):
+        verdicts = coco_verdicts(*known_answer(shared_data), ious=ious)
+        interval = paired_bootstrap(verdicts, verdicts, resamples=40).first
+        assert run["intervals"][name] == pytest.approx([run["figures"][name], interval.low, interval.high], abs=1e-12)
+
+
 def test_masks_figures_are_shown_beside(tmp_path: Path) -> None:
     source = shapes(4)
     records = noisy_records(source)
@@ -197,7 +237,8 @@ def test_nothing_found(tmp_path: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     truth = write_json(tmp_path / "t.json", {"images": [], "annotations": [], "categories": []})
     evaluate_coco_files(truth, write_json(tmp_path / "none.json", []), report=tmp_path)
-    assert parsed(tmp_path)[1]["images"] == []
+    data = parsed(tmp_path)[1]
+    assert (data["images"], data["runs"][0]["intervals"]) == ([], {})
 
 
 def test_unknown_ids_are_refused(tmp_path: Path) -> None:
