@@ -6,9 +6,14 @@ Cases: r18 is 240×320, batch 4, 20 classes; r50 is 256×384, batch 2, 90 classe
 fp32, torchvision in bf16 autocast with channels_last, ours in fp32, ours in bf16 with channels_last. Ratios are of the times of one round,
 the peer's over ours. What is equal: backbone, head, anchors, 2000 proposals, 512 regions an image, frozen layers, optimiser, images and
 boxes. Losses are equal in distribution only, since each draws its own samples (tests/detection compares losses and gradients exactly).
+
+With one thread the clock is the processor's, which other work hardly disturbs. With more it is the wall's, which is worth reading only on a
+machine with nothing else to do: printed are the load beside this run (near 0, then) and the processors that each contestant kept busy,
+which other work lowers.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -113,20 +118,24 @@ def contestants(setting: Setting, batch: int) -> dict[str, Step]:
     return steps
 
 
-def timed(step: Step, clock: Callable[[], float]) -> float:
-    start = clock()
+def timed(step: Step) -> dict[str, float]:
+    """Seconds by clock."""
+    wall, processor = time.perf_counter(), time.process_time()
     step()
-    return clock() - start
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - processor}
 
 
-def report(case: str, rounds: int, clock: Callable[[], float]) -> None:
+def report(case: str, rounds: int, clock: str) -> None:
     setting, batch = CASES[case]
     steps = contestants(setting, batch)
     for step in steps.values():
         step()  # the first step allocates
-    times = [{name: timed(step, clock) for name, step in steps.items()} for _ in range(rounds)]
+    both = [{name: timed(step) for name, step in steps.items()} for _ in range(rounds)]
+    times = [{name: seconds[clock] for name, seconds in one.items()} for one in both]
+    busy = {name: statistics.median(one[name]["cpu"] / one[name]["wall"] for one in both) for name in steps}
     print(f"{case}: {setting.backbone} FPN, {setting.size[0]}×{setting.size[1]}, batch {batch}, {rounds} rounds")
-    print("  " + ", ".join(f"{name} {statistics.median(one[name] for one in times):.2f} s" for name in steps))
+    for name in steps:
+        print(f"  {name}: {statistics.median(one[name] for one in times):.2f} s a step, {busy[name]:.1f} processors busy")
     for theirs, ours in PAIRS:
         ratios = sorted(one[theirs] / one[ours] for one in times)
         print(f"  {ours} against {theirs}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
@@ -143,8 +152,9 @@ def main() -> None:
     torch.manual_seed(0)
     kind = options.clock or ("cpu" if options.threads == 1 else "wall")
     print(f"torch {torch.__version__}, {options.threads} thread(s), {kind} clock; a ratio above 1: ours is faster")
+    print(f"load average before: {os.getloadavg()[0]:.1f}", flush=True)
     for case in options.case:
-        report(case, options.rounds, time.process_time if kind == "cpu" else time.perf_counter)
+        report(case, options.rounds, kind)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ RUNS = {
     "bench_train_step.py --case r18 --rounds 1 --threads 1": r"ours bf16 against torchvision bf16: [\d.]+",
     "bench_coco_eval.py --images 20 --detections 20 --rounds 1": r"differ by at most 0\.0e\+00",
     "bench_annotations.py --images 50 --rounds 1": r"boxes equal: True, labels equal: True",
+    "bench_cls_input.py --count 3 --rounds 1": r"shards of short side 256 +[\d.]+x",
     "bench_det_input.py --count 2 --rounds 1 --min-size 200": r"mean difference of the normalised pixels 0\.0[0-4]",
+    "bench_detect_video.py --size 64 96 --frames 3 --min-size 64 --proposals 10 --rounds 1": r"equal: JSON True, drawn video True",
     "bench_memory.py --size 96 128 --batch 1 --backbone resnet18": r"ours bf16 .* of ours fp32",
     "bench_roi_align.py --case fpn_test --precision fp32 --rounds 1": r"output \d\.\de-0[5-9] abs",
 }
@@ -41,5 +43,5 @@ def test_the_scaling_plot(repository: Path, tmp_path: Path) -> None:
     script = str(repository / "benchmarks" / "scaling.py")
     command = [sys.executable, script, "--only", "data", "--rounds", "1", "--steps", "50", "200", "--output", str(tmp_path / "a.png")]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "time grows with exponent" in run.stdout
+    assert re.search(r"time: (no growth|growing part).*; memory: ", run.stdout), run.stdout
     assert (tmp_path / "a.png").stat().st_size > 5000
