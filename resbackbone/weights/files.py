@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -67,8 +68,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         try:
             return find_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except pickle.UnpicklingError as error:
-            reason = str(error).splitlines()[0][:200]
+            wanted = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text recommends weights_only=False
             raise InputError(
-                f"is not a file of tensors alone; nothing else in it is run or read, because it could be harmful ({reason}). "
-                "If you trust its source, convert it there to .safetensors"
+                f"is not a file of tensors alone{f' (it asks for {wanted[1]})' if wanted else ', or is damaged'}; nothing else in it is "
+                "run or read, because it could be harmful. If you trust its source, convert it there to .safetensors; if it may be cut off, "
+                "copy or download it again"
             ) from error

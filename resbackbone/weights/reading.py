@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from resbackbone.errors import InputError
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put the tensors of a larger checkpoint
 # What a cut-off or foreign file breaks first, a number, a key or a stack, depends on the byte where it breaks.
-DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, EOFError, RuntimeError)
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, EOFError, RuntimeError, struct.error)
 
 
 @contextmanager

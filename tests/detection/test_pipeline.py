@@ -113,5 +113,9 @@ def test_the_keyboard_reaches_a_reader_that_waits() -> None:
         never.wait(1)  # as a frame that takes its time
         yield 1
 
-    with pytest.raises(KeyboardInterrupt):
-        list(overlapped(source()))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(overlapped(source()))
+    finally:
+        signal.signal(signal.SIGINT, before)
