@@ -69,8 +69,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             return find_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except pickle.UnpicklingError as error:
             wanted = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text recommends weights_only=False
+            asks = f" (it asks for {wanted[1]})" if wanted else ", or is damaged"
             raise InputError(
-                f"is not a file of tensors alone{f' (it asks for {wanted[1]})' if wanted else ', or is damaged'}; nothing else in it is "
-                "run or read, because it could be harmful. If you trust its source, convert it there to .safetensors; if it may be cut off, "
-                "copy or download it again"
+                f"is not a file of tensors alone{asks}; nothing else in it is run or read, because it could be harmful. If you trust its "
+                "source, convert it there to .safetensors; if it may be cut off, copy or download it again"
             ) from error
