@@ -22,12 +22,12 @@ from detection.build import build_detector
 from detection.config import DetectionConfig, chosen_device, load_split
 from detection.data.annotations import Annotations
 from detection.data.images import resized_size
-from detection.out_of_memory import is_out_of_memory, what_helps
+from detection.out_of_memory import what_helps
 from detection.structures import Batch, Target
 from detection.train_state import TrainState
 from resbackbone.errors import InputError
 from resbackbone.runtime import distributed
-from resbackbone.runtime.memory import available_mb
+from resbackbone.runtime.memory import available_mb, is_out_of_memory
 from resbackbone.runtime.precision import Precision
 from resbackbone.runtime.random_state import seed_everything
 from resbackbone.runtime.sampler import ResumableBatchSampler
@@ -209,7 +209,8 @@ def try_here(config: DetectionConfig, demand: Demand, batch_size: int, device: t
 def _take_steps(config: DetectionConfig, demand: Demand, batch_size: int, device: torch.device) -> Trial:
     settings, seconds = config.train, 0.0
     seed_everything(settings.seed)
-    detector = build_detector(config, demand.classes).to(device)
+    # With model.weights the backbone's own are never read, as in train.py; which values the weights have costs no memory.
+    detector = build_detector(config, demand.classes, initial_weights=config.model.weights is None).to(device)
     if settings.channels_last:
         detector = detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.compile:

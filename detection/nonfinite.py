@@ -1,11 +1,10 @@
-"""When a loss is nan or infinite: stop before the weights are touched, and leave what it takes to see why."""
+"""What a detector's or segmenter's run keeps of a batch whose loss is not finite, and how it is run again."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -13,43 +12,24 @@ from torch import Tensor, nn
 
 from detection.config import RunConfig
 from detection.structures import Batch, Target
+from detection.train_state import TrainState
 from resbackbone.errors import InputError
-from resbackbone.runtime import distributed
-from resbackbone.runtime.checkpoint import save_weights
-from resbackbone.runtime.nonfinite import NonFiniteLoss, first_nonfinite_module, write_nonfinite_report
+from resbackbone.runtime import nonfinite
 from resbackbone.runtime.precision import Precision
-
-if TYPE_CHECKING:
-    from detection.train_state import TrainState
 
 
 def stop_unless_finite(losses: dict[str, Tensor], batch: Batch, state: TrainState, output: Path) -> None:
-    """Raise NonFiniteLoss on every rank when a loss of any rank is not finite.
+    """As resbackbone.runtime.nonfinite has it; the report names each image, its boxes and its seed."""
 
-    The last good state (no update has happened yet) is written as a checkpoint, and `nonfinite/` gets the batch, the weights, the
-    loss terms, the boxes and the name of the first module whose output was not finite.
-    """
-    finite = bool(torch.isfinite(torch.stack([loss.detach().float() for loss in losses.values()])).all())
-    if not distributed.any_process(not finite):
-        return
-    state.save()
-    folder = output / "nonfinite"
-    if not finite:
-        save_weights(folder / "model.safetensors", state.model.state_dict(), state.metadata)
-        write_nonfinite_report(
-            output,
-            step=state.step + 1,
-            losses={name: float(value.detach()) for name, value in losses.items()},
-            batch=_tensors(batch),
+    def gather() -> nonfinite.Evidence:
+        return nonfinite.Evidence(
+            tensors=_tensors(batch),
             records=[_describe(target) for target in batch.targets],
-            module=_first_bad_module(state.model, batch, state),
-            command=f"python tools/{state.tool}.py --replay {folder}",
+            metadata=state.metadata,
+            run=lambda: state.model(batch.images, batch.targets),
         )
-    raise NonFiniteLoss(
-        f"step {state.step + 1}: a loss is not finite ({_terms(losses)}); images {[target.image_id for target in batch.targets]}. "
-        f"{folder / 'report.json'} has the details, the checkpoint of step {state.step} is intact; a lower train.lr or train.clip_norm "
-        "often helps"
-    )
+
+    nonfinite.stop_unless_finite(losses, state, output, gather)
 
 
 def replay(folder: Path, *, load: Callable[[Path], tuple[RunConfig, nn.Module]] | None = None) -> str:
@@ -67,7 +47,7 @@ def replay(folder: Path, *, load: Callable[[Path], tuple[RunConfig, nn.Module]] 
     precision = Precision("fp32" if config.train.precision == "fp16" else config.train.precision, torch.device("cpu"))
     with precision.autocast():
         losses = model(batch.images, batch.targets)
-        bad = first_nonfinite_module(model, lambda: model(batch.images, batch.targets))
+        bad = nonfinite.first_nonfinite_module(model, lambda: model(batch.images, batch.targets))
     return f"{_terms(losses)}; first module with an output that is not finite: {bad or 'none (the loss itself)'}"
 
 
@@ -76,11 +56,6 @@ def _load_detector(weights: Path) -> tuple[RunConfig, nn.Module]:
 
     config = config_from_weights(weights)
     return config, load_detector(config, weights, device=torch.device("cpu"))[0]
-
-
-def _first_bad_module(model: nn.Module, batch: Batch, state: TrainState) -> str | None:
-    with torch.no_grad(), state.precision.autocast():
-        return first_nonfinite_module(model, lambda: model(batch.images, batch.targets))
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

@@ -5,20 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
 from detection.config import TrainConfig
 from detection.structures import Batch
 from resbackbone.errors import InputError
-
-SAYINGS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "failed to allocate")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's error has a type of its own; the CPU's allocator raises a RuntimeError with words."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return type(error) is RuntimeError and any(words in str(error).lower() for words in SAYINGS)
+from resbackbone.runtime.memory import is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -47,7 +37,8 @@ def what_helps(settings: TrainConfig, *, batch_size: int) -> str:
     if settings.precision == "fp32":
         ways.append("train.precision=bf16 (about half)")
     if batch_size > 1:
-        half = batch_size // 2
-        ways.append(f"train.batch_size={half} train.accumulate={2 * settings.accumulate} (the same step in smaller parts)")
+        parts = next(count for count in range(2, batch_size + 1) if batch_size % count == 0)  # equal ones, or the step would change
+        accumulate = parts * settings.accumulate
+        ways.append(f"train.batch_size={batch_size // parts} train.accumulate={accumulate} (the same step in smaller parts)")
     ways += ["model.backbone.checkpointing=true (a third more time)", "smaller data.min_size and data.max_size"]
     return f"Set {'; or '.join(ways)}"

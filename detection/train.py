@@ -27,11 +27,12 @@ from detection.predict import detector_metadata
 from detection.train_state import TrainState
 from detection.validate import Validator
 from resbackbone.runtime import distributed
-from resbackbone.runtime.checkpoint import load_checkpoint, resolve_resume
+from resbackbone.runtime.checkpoint import load_checkpoint
 from resbackbone.runtime.log import RunLog
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
-from resbackbone.runtime.random_state import deterministic, seed_everything
+from resbackbone.runtime.random_state import deterministic, seed_everything, seed_process
+from resbackbone.runtime.resume import resolve_resume
 from resbackbone.runtime.schedule import build_sgd, lr_factor, scaled_lr, set_lr
 from resbackbone.runtime.signals import Interrupted, SignalGuard
 from resbackbone.runtime.timing import StepTimer, bottleneck_sentence
@@ -67,9 +68,7 @@ def train(
     with SignalGuard() as signals, deterministic(config.train.deterministic):
         process = distributed.setup(chosen_device(config))
         try:
-            if process.is_main:
-                prepare_output(output, resume=resume)
-            distributed.barrier()
+            distributed.on_main(lambda: prepare_output(output, resume=resume))
             return _run(config, output, resume, prepare or (lambda detector: detector), process, signals)
         finally:
             distributed.shutdown()
@@ -106,6 +105,7 @@ def _run(
         metadata=detector_metadata(config, classes, detector),
         tool="train_det",
     )
+    seed_process(settings.seed, process.rank)
     if checkpoint is not None:
         state.restore(load_checkpoint(checkpoint), checkpoint)
     validator = Validator(config, val_source, process=process, precision=state.precision, signals=signals)
@@ -122,7 +122,8 @@ def _run(
             raise
         if unreadable := loader.unreadable_images():
             log.message(f"{len(unreadable)} training images could not be read and others took their place; tools/check_data.py names them")
-        log.message(bottleneck_sentence(timer.total(), workers=config.data.workers, device=process.device.type))
+        device, workers = process.device.type, config.data.workers
+        log.message(bottleneck_sentence(timer.total(), workers=workers, device=device, size_setting="data.min_size"))
         weights = finish(state, validator, output, log, samples=config.eval.samples, report=config.eval.report)
         return TrainResult(metrics=state.metrics, primary=validator.primary, weights=weights, output=output)
 

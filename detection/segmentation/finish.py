@@ -9,7 +9,7 @@ from torch import nn
 
 from detection.data.source import Source
 from detection.draw import save_image
-from detection.evaluation.results import write_metrics
+from detection.evaluation.results import metrics_text, write_metrics
 from detection.segmentation.config import SegmentationConfig
 from detection.segmentation.data import label_map
 from detection.segmentation.draw import draw_segmentation
@@ -25,14 +25,22 @@ from resbackbone.runtime.precision import Precision
 
 
 def finish(state: TrainState, validator: SegmentationValidator, output: Path, log: RunLog) -> Path:
-    """Write the last checkpoint, model_final.safetensors, eval/ and samples/; returns the weights' path."""
+    """Write the last checkpoint, model_final.safetensors, eval/ and samples/; returns the weights' path.
+
+    A run that died after its last evaluation, before these were written, has lost its confusion matrix: it evaluates again.
+    """
+    figures = output / "eval" / "metrics.json"
+    is_written = figures.is_file() and figures.read_text() == metrics_text(state.metrics)
+    if distributed.any_process(distributed.is_main() and validator.matrix is None and not is_written):
+        log.message(f"eval/ lacks the evaluation of step {state.step}; evaluating again")
+        state.metrics = validator.evaluate(state.evaluated_model)
     state.save()
     weights = output / "model_final.safetensors"
     if distributed.is_main():
         save_weights(weights, state.evaluated_model.state_dict(), state.metadata)
         if validator.matrix is not None:  # None where a finished run was resumed: its files are there already
-            write_evaluation(output, validator, state.metrics)
             draw_samples(output / "samples", validator.source, state.evaluated_model, validator.config, state.precision)
+            write_evaluation(output, validator, state.metrics)
         log.message(f"weights: {weights}")
     distributed.barrier()
     return weights

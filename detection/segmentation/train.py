@@ -22,11 +22,12 @@ from detection.segmentation.validate import SegmentationValidator
 from detection.train import TrainResult, run_loop
 from detection.train_state import TrainState
 from resbackbone.runtime import distributed
-from resbackbone.runtime.checkpoint import load_checkpoint, resolve_resume
+from resbackbone.runtime.checkpoint import load_checkpoint
 from resbackbone.runtime.log import RunLog
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
-from resbackbone.runtime.random_state import deterministic, seed_everything
+from resbackbone.runtime.random_state import deterministic, seed_everything, seed_process
+from resbackbone.runtime.resume import resolve_resume
 from resbackbone.runtime.schedule import build_sgd, scaled_lr
 from resbackbone.runtime.signals import Interrupted, SignalGuard
 from resbackbone.runtime.timing import bottleneck_sentence
@@ -43,9 +44,7 @@ def train(config: SegmentationConfig, output: Path, *, resume: str | None = None
         try:
             if config.model.head == "deeplabv3":
                 check_share(config.train.batch_size, process.world_size)
-            if process.is_main:
-                prepare_output(output, resume=resume)
-            distributed.barrier()
+            distributed.on_main(lambda: prepare_output(output, resume=resume))
             return _run(config, output, resume, process, signals)
         finally:
             distributed.shutdown()
@@ -74,6 +73,7 @@ def _run(config: SegmentationConfig, output: Path, resume: str | None, process: 
         metadata=segmenter_metadata(config, classes, segmenter),
         tool="train_seg",
     )
+    seed_process(settings.seed, process.rank)
     checkpoint = resolve_resume(resume, output / "checkpoints")
     if checkpoint is not None:
         state.restore(load_checkpoint(checkpoint), checkpoint)
@@ -89,6 +89,7 @@ def _run(config: SegmentationConfig, output: Path, resume: str | None, process: 
             state.save()
             log.message(f"stopped by a signal at step {state.step}; `--resume auto` goes on from its checkpoint")
             raise
-        log.message(bottleneck_sentence(timer.total(), workers=config.data.workers, device=process.device.type))
+        device, workers = process.device.type, config.data.workers
+        log.message(bottleneck_sentence(timer.total(), workers=workers, device=device, size_setting="data.min_size"))
         weights = finish(state, validator, output, log)
         return TrainResult(metrics=state.metrics, primary=validator.primary, weights=weights, output=output)

@@ -18,7 +18,7 @@ from resbackbone.classification.config import ClassificationConfig, DataConfig
 from resbackbone.classification.dataset import TrainTransform, auto_augmented
 from resbackbone.classification.files import MAX_PIXELS, decode, jpeg_size
 from resbackbone.classification.loader import Batch, Preparation
-from resbackbone.classification.transforms import _inside
+from resbackbone.classification.transforms import span_inside
 from resbackbone.errors import InputError
 
 
@@ -52,7 +52,7 @@ class EncodedTransform:
             return EncodedSample(pixels, True, (0, 0, 0, 0), False, 0, label, sample.shift, index, name)
         seed, rng, flip, shift = plain.draws(epoch, index)
         crop = plain.crop(*size, rng)
-        place = *_inside(crop.top, crop.height, size[0]), *_inside(crop.left, crop.width, size[1])
+        place = *span_inside(crop.top, crop.height, size[0]), *span_inside(crop.left, crop.width, size[1])
         return EncodedSample(np.frombuffer(source, dtype=np.uint8), False, place, flip, seed, label, shift, index, name)
 
 

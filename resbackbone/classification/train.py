@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from resbackbone.classification.config import ClassificationConfig
 from resbackbone.classification.device_decode import encoded_preparation
 from resbackbone.classification.evaluate import Evaluator, Split, load_split
-from resbackbone.classification.finish import announce, finish, log_step, write_start_files
+from resbackbone.classification.finish import announce, draw_curves, finish, log_step, report_unreadable, write_start_files
 from resbackbone.classification.loader import Batch, train_loader
 from resbackbone.classification.networks import build_classifier, normalizer_of
 from resbackbone.classification.nonfinite import stop_unless_finite
@@ -22,15 +20,16 @@ from resbackbone.classification.recipe import BatchMixer, classification_loss, p
 from resbackbone.classification.samples import draw_samples
 from resbackbone.classification.shards import ShardIndex
 from resbackbone.classification.sources import check_same_classes
-from resbackbone.classification.statistics import recompute_statistics
+from resbackbone.classification.statistics import recompute_statistics, training_images
 from resbackbone.classification.stream import train_stream
 from resbackbone.classification.train_state import TrainState
 from resbackbone.runtime import distributed
-from resbackbone.runtime.checkpoint import load_checkpoint, resolve_resume
+from resbackbone.runtime.checkpoint import load_checkpoint
 from resbackbone.runtime.log import RunLog
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
-from resbackbone.runtime.random_state import deterministic, seed_everything
+from resbackbone.runtime.random_state import deterministic, seed_everything, seed_process
+from resbackbone.runtime.resume import resolve_resume
 from resbackbone.runtime.schedule import scaled_lr, set_lr
 from resbackbone.runtime.signals import Interrupted, SignalGuard
 from resbackbone.runtime.timing import StepTimer, bottleneck_sentence
@@ -55,9 +54,7 @@ def train(config: ClassificationConfig, output: Path, *, resume: str | None = No
     with SignalGuard() as signals, deterministic(config.train.deterministic):
         process = distributed.setup(None if config.train.device == "auto" else config.train.device)
         try:
-            if process.is_main:
-                prepare_output(output, resume=resume)
-            distributed.barrier()
+            distributed.on_main(lambda: prepare_output(output, resume=resume))
             return _run(config, output, resume, process, signals)
         finally:
             distributed.shutdown()
@@ -84,6 +81,7 @@ def _run(config: ClassificationConfig, output: Path, resume: str | None, process
         folder=output / "checkpoints",
         classes=train_split.classes,
     )
+    seed_process(settings.seed, process.rank)
     checkpoint = resolve_resume(resume, output / "checkpoints")
     if checkpoint is not None:
         state.restore(load_checkpoint(checkpoint), checkpoint)
@@ -99,9 +97,9 @@ def _run(config: ClassificationConfig, output: Path, resume: str | None, process
             state.save()
             log.message(f"stopped by a signal at step {state.step}; `--resume auto` goes on from its checkpoint")
             raise
-        if loader.unreadable():
-            log.message(f"{loader.unreadable()} training images could not be read; others took their place")
-        log.message(bottleneck_sentence(timer.total(), workers=config.data.workers, device=process.device.type))
+        report_unreadable(log, loader)
+        device, workers = process.device.type, config.data.workers
+        log.message(bottleneck_sentence(timer.total(), workers=workers, device=device, size_setting="data.size"))
         return TrainResult(metrics=state.metrics, weights=finish(state, output, log), output=output)
 
 
@@ -119,12 +117,12 @@ def _loop(
 ) -> StepTimer:
     """One optimiser step a turn: data, forward, backward, optimiser; then log, evaluate, save, as the step number says."""
     settings, device, precision = state.config.train, process.device, state.precision
-    model, normalize = distributed.parallel(state.net, process), normalizer_of(state.net).to(device)
+    model, normalize = distributed.parallel(state.model, process), normalizer_of(state.model).to(device)
     mix = BatchMixer(settings, len(state.classes))
     if settings.compile:
-        state.net.compile()
+        state.model.compile()
     timer = StepTimer(device)
-    state.net.train()
+    state.model.train()
     with contextlib.closing(iter(loader)) as batches:
         while True:
             if state.is_evaluation_due:
@@ -146,7 +144,7 @@ def _loop(
                             draw_samples(output / "samples", images, labels, state.classes, normalize, count=settings.samples)
                         logits = model(images)
                         loss = classification_loss(logits, labels, label_smoothing=settings.label_smoothing)
-                    stop_unless_finite(loss, batch, state, output)
+                    stop_unless_finite(loss, images, batch, state, output)
                     with timer.part("backward"):
                         precision.scaler.scale(loss / settings.accumulate).backward()
                 state.count(logits, labels)
@@ -176,29 +174,25 @@ def _evaluate(
     if state.is_finished:
         _recompute_statistics(state, train_split, log, process)
     log.message(f"evaluating step {state.step}")
-    distributed.copy_from_main(state.evaluated_net.buffers())  # each process's running statistics are its own
-    metrics = evaluator.evaluate([state.evaluated_net])
-    state.net.train()
+    distributed.copy_from_main(state.evaluated_model.buffers())  # each process's running statistics are its own
+    metrics = evaluator.evaluate([state.evaluated_model])
+    state.model.train()
     log.metrics(state.step, **{f"eval/{name}": value for name, value in metrics.items()})
     log.message(f"step {state.step}: top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f}")
-    if state.record(metrics):
+    state.record(metrics, "top1")
+    if process.is_main:
+        draw_curves(state.folder.parent)  # a run of days is looked at on the way
+    if state.is_rate_divided:
         log.message(f"the error has stopped falling: learning rate divided by 10, now {base_lr * state.rate_factor:g}")
 
 
 def _recompute_statistics(state: TrainState, split: Split, log: RunLog, process: distributed.Process) -> None:
     """Appendix A: batch norm's statistics over the training set, with the final weights."""
-    wanted, per_batch = state.config.train.bn_images, state.config.train.batch_size
-    if wanted == 0:
+    if state.config.train.bn_images == 0:
         return
     loader, sampler = open_training_data(state.config, split, process)
-    normalize = normalizer_of(state.net).to(process.device)
-    count = sampler.batches_per_epoch if wanted < 0 else min(sampler.batches_per_epoch, -(-wanted // per_batch))
-
-    def batches() -> Iterator[Tensor]:
-        with contextlib.closing(iter(loader)) as source:
-            for _ in range(count):
-                yield normalize(next(source).to(process.device).images)
-
+    normalize = normalizer_of(state.model).to(process.device)
+    seen = training_images(loader, sampler, state.config.train, normalize, process.device)
     with state.precision.autocast():
-        images = recompute_statistics(state.evaluated_net, batches())
+        images = recompute_statistics(state.evaluated_model, seen)
     log.message(f"batch norm's statistics computed anew over {images} training images")

@@ -84,12 +84,13 @@ def cut(source: bytes | np.ndarray, crop: Crop, *, size: int, name: str, reduced
         image = decode(image, name=name, reduction=reduction)
         crop = replace(crop, **{side: getattr(crop, side) / reduction for side in ("top", "left", "height", "width")})
     height, width = image.shape[:2]
-    top, bottom = _inside(crop.top, crop.height, height)
-    left, right = _inside(crop.left, crop.width, width)
+    top, bottom = span_inside(crop.top, crop.height, height)
+    left, right = span_inside(crop.left, crop.width, width)
     return resize(image[top:bottom, left:right], (size, size))
 
 
-def _inside(start: float, length: float, limit: int) -> tuple[int, int]:
+def span_inside(start: float, length: float, limit: int) -> tuple[int, int]:
+    """The whole pixels (first, end) of a side of `limit` that a crop from `start` covers; at least one."""
     first = min(max(0, round(start)), limit - 1)
     return first, min(limit, max(first + 1, round(start + length)))
 

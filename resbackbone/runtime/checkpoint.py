@@ -12,12 +12,13 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from resbackbone.errors import InputError, nearest
+from resbackbone.errors import InputError
 from resbackbone.runtime.atomic import describe_storage_error, storage_errors, sync_folder, write_atomically
 
 STATE_FILE = "state.pt"
@@ -27,6 +28,11 @@ BEST_FILE = "best.json"
 _NAME = re.compile(r"step_(\d+)(\.replaced)?")
 _PLAIN = (torch.Tensor, int, float, str, type(None))
 _logger = logging.getLogger(__name__)
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder that holds the checkpoint of a step."""
+    return f"step_{step:08d}"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 3, best: bool = False) -> Path:
@@ -39,7 +45,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     assert keep >= 1, "a run keeps at least its newest checkpoint"
     _check_plain(state, "state")
     folder = Path(folder)
-    final = folder / f"step_{step:08d}"
+    final = folder / checkpoint_name(step)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
@@ -73,7 +79,12 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
 def find_checkpoint(folder: Path | str) -> Path | None:
     """The newest checkpoint in `folder` whose size and SHA-256 are right, or None. Damaged ones are skipped with a warning."""
-    for candidate in _checkpoints(Path(folder)):
+    return first_whole(checkpoints_in(Path(folder)))
+
+
+def first_whole(checkpoints: Iterable[Path]) -> Path | None:
+    """The first whose size and SHA-256 are right, or None. Damaged ones are skipped with a warning."""
+    for candidate in checkpoints:
         problem = _damage(candidate / STATE_FILE)
         if not problem:
             return candidate
@@ -81,26 +92,15 @@ def find_checkpoint(folder: Path | str) -> Path | None:
     return None
 
 
-def resolve_resume(resume: str | None, folder: Path | str) -> Path | None:
-    """The checkpoint that `--resume` means: None, "auto" (the newest good one in `folder`, None if there is none yet), or a path.
-
-    A path may be a checkpoint, a `checkpoints/` folder or an output folder. Raises InputError when it is none of these, or when every
-    checkpoint is damaged: starting over in silence would bury the run.
-    """
-    if resume is None:
-        return None
-    folder = Path(folder)
-    if resume != "auto":
-        return _resume_path(Path(resume), folder)
-    found = find_checkpoint(folder)
-    if found is None and _checkpoints(folder):
-        raise InputError(f"{folder}: every checkpoint here is damaged; restore one, or start a new run in another --output")
-    return found
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Newest first, damaged ones too; a replaced one after the one that replaced it."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (-step_of(path), path.name))
 
 
 def mark_best(folder: Path, step: int) -> None:
     """Name the checkpoint of `step` the best, which keeps it from being removed."""
-    assert (folder / f"step_{step:08d}").is_dir(), f"no checkpoint of step {step} in {folder}"
+    assert (folder / checkpoint_name(step)).is_dir(), f"no checkpoint of step {step} in {folder}"
     write_atomically(folder / BEST_FILE, json.dumps({"step": step}).encode())
 
 
@@ -180,10 +180,10 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     if best is not None and best > step:
         (folder / BEST_FILE).unlink(missing_ok=True)
         best = None
-    current = [checkpoint for checkpoint in _checkpoints(folder) if step_of(checkpoint) <= step]
+    current = [checkpoint for checkpoint in checkpoints_in(folder) if step_of(checkpoint) <= step]
     kept = {checkpoint for checkpoint in current if step_of(checkpoint) == best}
     kept.update(current[:keep])
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints_in(folder):
         if checkpoint not in kept:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -193,12 +193,6 @@ def step_of(checkpoint: Path) -> int:
     match = _NAME.fullmatch(checkpoint.name)
     assert match, f"{checkpoint} is not a checkpoint folder"
     return int(match[1])
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first; a replaced one after the one that replaced it."""
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (-step_of(path), path.name))
 
 
 def _check_plain(value: Any, where: str) -> None:
@@ -236,17 +230,6 @@ def _independent(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- reading
-
-
-def _resume_path(path: Path, folder: Path) -> Path:
-    if path.is_file() or (path / STATE_FILE).is_file():
-        return path
-    found = find_checkpoint(path / "checkpoints") or find_checkpoint(path)
-    if found is None:
-        known = [str(checkpoint) for checkpoint in _checkpoints(folder)]
-        hint = nearest(str(path), known) or (f" there are: {', '.join(known)}" if known else " --resume auto starts or continues by itself")
-        raise InputError(f"--resume {path}: there is no good checkpoint at this path;{hint}")
-    return found
 
 
 def _damage(state_file: Path) -> str | None:

@@ -7,9 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
-import torch
-
 from resbackbone.errors import InputError
+from resbackbone.runtime.memory import is_out_of_memory
 from resbackbone.runtime.nonfinite import NonFiniteLoss
 from resbackbone.runtime.signals import Interrupted
 
@@ -26,8 +25,9 @@ def run_tool(run: Callable[[argparse.Namespace], int | None], args: argparse.Nam
         return int(run(args) or 0)
     except BrokenPipeError:
         return _leave_broken_pipe()
-    except (InputError, NonFiniteLoss, Interrupted, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        if args.debug:
+    except (InputError, NonFiniteLoss, Interrupted, KeyboardInterrupt, RuntimeError, MemoryError) as error:
+        is_explained = isinstance(error, InputError | NonFiniteLoss | Interrupted | KeyboardInterrupt) or is_out_of_memory(error)
+        if args.debug or not is_explained:
             raise
         code, message = _explain(error)
         print(f"{_rank_prefix()}{message}", file=sys.stderr, flush=True)
@@ -41,9 +41,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return EXIT_NONFINITE, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_KEYBOARD, "stopped from the keyboard"
-    if isinstance(error, torch.OutOfMemoryError):
-        detail = str(error).splitlines()[0]
-        return EXIT_INPUT, f"error: the GPU has too little memory ({detail}); lower the batch or image size, or use train.precision=bf16"
+    if is_out_of_memory(error):
+        detail = (str(error).splitlines() or ["no more is known"])[0]
+        return EXIT_INPUT, f"error: too little memory ({detail}); lower the batch or image size, or use train.precision=bf16"
     return EXIT_INPUT, f"error: {error}"
 
 

@@ -56,6 +56,12 @@ def save_config(config: Any, path: Path) -> None:
     write_atomically(path, dump_config(config).encode())
 
 
+def changed_settings(before: Any, after: Any) -> list[str]:
+    """Every setting in which two configs of one schema differ, as `key.path: old → new`."""
+    old, new = (dict(_flat(dataclasses.asdict(config))) for config in (before, after))
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]  # options come and go
+
+
 # ---------------------------------------------------------------------------------------------------------------- where a value came from
 
 
@@ -235,3 +241,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

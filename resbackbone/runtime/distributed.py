@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import multiprocessing
 import os
-from collections.abc import Iterable
+import secrets
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,9 @@ from resbackbone.errors import InputError
 
 # Evaluation on the main process may keep the others waiting; the default of ten minutes would kill such a run.
 TIMEOUT = datetime.timedelta(hours=2)
+# For processes to find each other: as long as torch may take to be imported. Then they end, and torchrun tries again.
+MEETING = datetime.timedelta(minutes=10)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,8 @@ def setup(device: str | None = None) -> Process:
     if world_size > 1 and not dist.is_initialized():
         # Objects and flags travel over gloo even where tensors use nccl: that needs no wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_meeting_place(rank, world_size), rank=rank, world_size=world_size, timeout=TIMEOUT)
+        corner = own_corner(_store(rank, world_size), rank, world_size, within=MEETING)
+        dist.init_process_group(backend, store=corner, rank=rank, world_size=world_size, timeout=TIMEOUT)
     return Process(rank=rank, world_size=world_size, local_rank=local_rank, device=chosen)
 
 
@@ -120,6 +127,30 @@ def gather_objects(item: Any) -> list[Any]:
     return items
 
 
+def on_main(call: Callable[[], Result]) -> Result:
+    """What `call` returns on the main process, on every one; an InputError of the main process is raised on every one, so that all end.
+
+    The result is pickled, so it must be small and our own.
+    """
+    if not is_main():
+        result, problem = gather_objects(None)[0]
+        if problem is not None:
+            raise InputError(problem)
+        return result
+    try:
+        result = call()
+    except InputError as error:
+        gather_objects((None, str(error)))
+        raise
+    gather_objects((result, None))
+    return result
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started these processes anew after a failure; its agents count for themselves, so one that did is enough."""
+    return any_process(_torchrun_number("TORCHELASTIC_RESTART_COUNT", 0) > 0)
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
@@ -136,14 +167,43 @@ def any_process(flag: bool) -> bool:
     return bool(raised.item())
 
 
-def _meeting_place(rank: int, world_size: int) -> dist.Store:
-    """The store at which processes find each other, with a corner of its own for each restart.
+@functools.cache  # where process 0 is the server, a second meeting would find the first one's closing
+def _store(rank: int, world_size: int) -> dist.Store:
+    """Where processes find each other: torchrun's server, or one in process 0."""
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=MEETING))
+    store.set_timeout(TIMEOUT)
+    return store
 
-    torchrun's static rendezvous, its default, keeps one server for all restarts: there a restarted process would find the addresses of
-    the dead ones, and wait for them for ever.
+
+def own_corner(store: dist.Store, rank: int, world_size: int, *, within: datetime.timedelta) -> dist.Store:
+    """A corner of `store` that these processes share with no earlier ones. Raises InputError when they are not all here in time.
+
+    torchrun may keep one server for all restarts, at which a new process would find the addresses of dead ones, and wait for them for ever.
+    No number tells restarts apart (each agent counts its own), so: rank 0 opens a corner under a random name, the others put random tokens
+    into it, and with all of them there rank 0 lists them. A list without one's own token is a dead round's: a newer corner will come.
     """
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
-    return dist.PrefixStore(f"restart_{_torchrun_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    token, deadline = secrets.token_hex(16), time.monotonic() + within.total_seconds()
+    others = [f"{other} of {world_size}" for other in range(1, world_size)]
+    if rank == 0:
+        store.set("corner", token)
+    while time.monotonic() < deadline:
+        corner = dist.PrefixStore(token if rank == 0 else _text_at(store, "corner"), store)
+        if rank > 0:
+            corner.set(others[rank - 1], token)
+        elif corner.check(others):
+            corner.set("members", " ".join([token, *(_text_at(corner, other) for other in others)]))
+        if token in _text_at(corner, "members").split():
+            return corner
+        time.sleep(0.05)
+    raise InputError(
+        f"process {rank} of {world_size} waited {within.total_seconds():.0f} s for the others, which did not all start; look for their "
+        "errors, and start torchrun on every machine with the same --rdzv-id and --rdzv-endpoint"
+    )
+
+
+def _text_at(store: dist.Store, key: str) -> str:
+    """What a store has there by now, "" for nothing; `get` alone would wait for it."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def _torchrun_number(name: str, default: int) -> int:

@@ -1,10 +1,13 @@
-"""How much memory a process may still take: what the machine has left, and what its control group allows it."""
+"""How much memory a process may still take: what the machine has left, and what its control group allows it; and whether it ran out."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import torch
+
+SAYINGS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "failed to allocate")
 MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Of a control group: its limit, what it uses, and which line of memory.stat counts the files that the kernel would drop for it.
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -27,6 +30,13 @@ def available_mb(*, meminfo: Path = MEMINFO, own_groups: Path = OWN_GROUPS, grou
         elif "memory" in controllers.split(","):
             left += _left_of(groups / "memory", path, VERSION_1)
     return max(0, min(left)) / 1e6
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's error has a type of its own; the CPU's allocator raises a RuntimeError with words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return type(error) is RuntimeError and any(words in str(error).lower() for words in SAYINGS)
 
 
 def _left_of(root: Path, path: str, names: tuple[str, str, str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a run leaves behind when its loss is no longer finite: where it began, and all that is needed to see it again."""
+"""When a loss is nan or infinite: stop before the weights are touched, and leave where it began and all that is needed to see it again."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from resbackbone.runtime import distributed
 from resbackbone.runtime.atomic import write_atomically
 from resbackbone.runtime.checkpoint import save_weights
 from resbackbone.runtime.log import to_json
+from resbackbone.runtime.train_state import TrainState
+
+FOLDER = "nonfinite"
 
 
 class NonFiniteLoss(RuntimeError):
@@ -49,6 +53,57 @@ def first_nonfinite_module(model: nn.Module, run: Callable[[], Any]) -> str | No
     return culprit[0] if culprit else None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is kept of a batch whose loss is not finite. tensors: what replays it; records: one dict an image, its id first;
+    metadata: what travels with the weights; run: calls the model as the training step did."""
+
+    tensors: Mapping[str, torch.Tensor]
+    records: list[dict[str, Any]]
+    metadata: dict[str, str]
+    run: Callable[[], Any]
+
+
+def stop_unless_finite(losses: Mapping[str, torch.Tensor], state: TrainState[Any], output: Path, gather: Callable[[], Evidence]) -> None:
+    """Raise NonFiniteLoss on every rank when a loss of any rank is not finite.
+
+    No update has happened yet: the state is kept as a checkpoint if it is still good, and `nonfinite/` gets the batch, the weights, the
+    loss terms and the name of the first module whose output was not finite. Of several such ranks the lowest writes.
+    """
+    finite = bool(torch.isfinite(torch.stack([loss.detach().float() for loss in losses.values()])).all())
+    if not distributed.any_process(not finite):
+        return
+    going_on, finite_ones = state.save_last_good(), distributed.gather_objects(finite)
+    what = "a loss of another process is not finite"
+    if not finite:
+        evidence = gather()
+        terms = ", ".join(f"{name} {float(loss.detach()):g}" for name, loss in losses.items())
+        what = f"a loss is not finite ({terms}); images {[next(iter(record.values())) for record in evidence.records]}"
+        if distributed.rank() == finite_ones.index(False):
+            _write_evidence(evidence, losses, state, output)
+    raise NonFiniteLoss(
+        f"step {state.step + 1}: {what}. {output / FOLDER / 'report.json'} has the details, {going_on}; a lower train.lr, some "
+        "train.warmup_steps or train.clip_norm often helps"
+    )
+
+
+def _write_evidence(evidence: Evidence, losses: Mapping[str, torch.Tensor], state: TrainState[Any], output: Path) -> None:
+    module = None
+    if distributed.world_size() == 1:  # a forward pass of one process would wait for the others; the replay names the module then
+        with torch.no_grad(), state.precision.autocast():
+            module = first_nonfinite_module(state.model, evidence.run)
+    save_weights(output / FOLDER / "model.safetensors", state.model.state_dict(), evidence.metadata)
+    write_nonfinite_report(
+        output,
+        step=state.step + 1,
+        losses={name: float(loss.detach()) for name, loss in losses.items()},
+        batch={name: tensor.detach().cpu().contiguous() for name, tensor in evidence.tensors.items()},
+        records=evidence.records,
+        module=module,
+        command=f"python tools/{state.tool}.py --replay {output / FOLDER}",
+    )
+
+
 def write_nonfinite_report(
     folder: Path,
     *,
@@ -63,7 +118,7 @@ def write_nonfinite_report(
 
     `records`: one dict an image (id, boxes, labels, …); `batch`: the tensors that replay it; `command`: the one command that does.
     """
-    place = Path(folder) / "nonfinite"
+    place = Path(folder) / FOLDER
     report = {
         "step": step,
         "losses": dict(losses),

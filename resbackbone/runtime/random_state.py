@@ -20,6 +20,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_process(seed: int, rank: int) -> None:
+    """Give each process but the first, which goes on as one alone would, a stream of its own: masks drawn alike on all of them (dropout,
+    stochastic depth) would be fewer draws than they seem. To be called once the model is built, which must come out alike.
+    """
+    if rank > 0:
+        seed_everything(item_seed(seed, rank))
+
+
 @contextlib.contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
     """Inside, and if `enabled`, torch takes the operators whose result doesn't hang on the order in which a GPU's threads finish.

@@ -73,7 +73,13 @@ class ResumableBatchSampler:
         return {"batches_done": self.batches_done, "num_items": self.num_items, "batch_size": self.batch_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises InputError where it belongs to other data, another batch size or another seed."""
+        """Go to a saved position. Raises InputError where it belongs to other data, another batch size, seed or kind of sampler."""
+        foreign = sorted(state.keys() - self.state_dict().keys())
+        if foreign:  # such as the lanes of a stream of shards, which gives the same number of images in another order
+            raise InputError(
+                f"the checkpoint was written with images in another order, such as that of shards (it knows of {', '.join(foreign)}); its "
+                "position would mean other images. Resume with the data.kind it was written with, or start a new run in another --output"
+            )
         names = {"num_items": "the number of training images", "batch_size": "train.batch_size", "seed": "train.seed"}
         for key, name in names.items():
             if state.get(key, getattr(self, key)) != getattr(self, key):

@@ -95,10 +95,11 @@ class StepTimer:
         self._events.clear()
 
 
-def bottleneck_sentence(totals: Mapping[str, float], *, workers: int, device: str) -> str:
+def bottleneck_sentence(totals: Mapping[str, float], *, workers: int, device: str, size_setting: str) -> str:
     """One closing sentence: which part took most of the time, and the setting to change.
 
-    `totals`: seconds by part, as `StepTimer.total` gives them; `workers`: data workers of the run; `device`: "cpu" or "cuda".
+    `totals`: seconds by part, as `StepTimer.total` gives them; `workers`: data workers of the run; `device`: "cpu" or "cuda";
+    `size_setting`: the key that makes images smaller.
     """
     whole = sum(totals.values())
     if whole <= 0:
@@ -106,22 +107,22 @@ def bottleneck_sentence(totals: Mapping[str, float], *, workers: int, device: st
     data_share = totals.get("data", 0.0) / whole
     slowest = max(totals, key=lambda name: totals[name])
     if data_share >= DATA_IS_FELT or slowest == "data":
-        return f"Bottleneck: {data_share:.0%} of the time went into waiting for data; {_data_advice(workers)}."
+        return f"Bottleneck: {data_share:.0%} of the time went into waiting for data; {_data_advice(workers, size_setting)}."
     on_cuda = torch.device(device).type == "cuda"
     share = totals[slowest] / whole
-    advice = "try train.precision=bf16 and train.compile=true" if on_cuda else "try a GPU, or a smaller data.min_size"
+    advice = "try train.precision=bf16 and train.compile=true" if on_cuda else f"try a GPU, or a smaller {size_setting}"
     if slowest == "optimizer":
         advice = "try a larger train.batch_size, which takes fewer optimizer steps"
     return f"Bottleneck: {slowest} computation took {share:.0%} of the time (data wait {data_share:.0%}); to go faster, {advice}."
 
 
-def _data_advice(workers: int) -> str:
+def _data_advice(workers: int, size_setting: str) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers == 0:
         return "set data.workers=2 or more, so that images are read while the network computes"
     if workers < cores:
         return f"raise data.workers from {workers} to up to {cores}, the cores of this machine"
-    return f"its {workers} workers already use all {cores} cores, so put smaller images on a faster disk, or lower data.max_size"
+    return f"its {workers} workers already use all {cores} cores, so put smaller images on a faster disk, or lower {size_setting}"
 
 
 def peak_memory_mb(device: torch.device | str = "cpu") -> float:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from detection.build import build_detector
-from detection.config import changed_settings, parse_detection_config
+from detection.config import parse_detection_config
 from detection.structures import Target
+from resbackbone.runtime.config import changed_settings
 
 KINDS = [
     ("plain18", "v1.5", "fpn", "{}"),

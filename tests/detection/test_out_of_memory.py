@@ -9,9 +9,10 @@ import torch
 
 from detection.config import TrainConfig
 from detection.faster_rcnn import FasterRCNN
-from detection.out_of_memory import explain_out_of_memory, is_out_of_memory
+from detection.out_of_memory import explain_out_of_memory, what_helps
 from detection.structures import Batch, Target
 from resbackbone.errors import InputError
+from resbackbone.runtime.memory import is_out_of_memory
 from tools.train_det import main
 
 
@@ -47,6 +48,13 @@ def test_what_is_said_fits_the_settings() -> None:
         explain_out_of_memory(batch(), TrainConfig(batch_size=1, precision="bf16")),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(8, (4, 2)), (3, (1, 3)), (9, (3, 3)), (5, (1, 5))])
+def test_the_smaller_parts_make_the_same_step(batch_size: int, parts: tuple[int, int]) -> None:
+    said = what_helps(TrainConfig(batch_size=batch_size, precision="bf16", accumulate=2), batch_size=batch_size)
+    assert f"train.batch_size={parts[0]} train.accumulate={2 * parts[1]} " in said
+    assert parts[0] * parts[1] == batch_size
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory"), ZeroDivisionError()])

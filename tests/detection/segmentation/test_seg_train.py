@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,23 @@ def test_interrupted_run_ends_as_if_left_alone(
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     assert rows(tmp_path / "run") == rows(finished)
     assert (tmp_path / "run/eval/metrics.json").read_text() == (finished / "eval/metrics.json").read_text()
+
+
+def test_an_evaluation_that_died_before_its_files_is_made_again(tiny_coco: Path, tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    for name in ("eval", "samples"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "model_final.safetensors").unlink()
+    run(tiny_coco, tmp_path / "run", resume="auto")
+    for name in ("eval/metrics.json", "eval/confusion.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+    first, second = (load_file(folder / "model_final.safetensors") for folder in (finished, tmp_path / "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    drawn = [sorted(path.name for path in (folder / "samples").iterdir()) for folder in (tmp_path / "run", finished)]
+    assert drawn[0] == drawn[1]
+    before = (tmp_path / "run/eval/metrics.json").stat().st_mtime_ns
+    run(tiny_coco, tmp_path / "run", resume="auto")
+    assert (tmp_path / "run/eval/metrics.json").stat().st_mtime_ns == before  # nothing to make up for
 
 
 def test_eval_tool_gives_the_figures_of_training(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

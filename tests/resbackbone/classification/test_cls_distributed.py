@@ -10,17 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from resbackbone.classification.config import load_classification_config
 from resbackbone.classification.loader import train_loader
 from resbackbone.classification.networks import build_classifier
 from resbackbone.classification.sources import load_source
 from resbackbone.classification.train import train
+from resbackbone.runtime.checkpoint import load_checkpoint
 from resbackbone.runtime.distributed import Process
 from resbackbone.runtime.random_state import seed_everything
 
@@ -152,6 +155,52 @@ def test_two_processes_give_the_losses_of_one(repository: Path, tiny_photos: Pat
     learned = [name for name in ours if name.endswith(("weight", "bias"))]
     moved, apart = (torch.cat([(ours[name] - other[name]).flatten() for name in learned]).norm() for other in (initial, theirs))
     assert apart < 0.01 * moved, "the steps themselves are the same, not just small"
+    alone, first, second = (random_states(tmp_path / name)[rank] for name, rank in (("one", 0), ("two", 0), ("two", 1)))
+    assert torch.equal(alone["torch"], first["torch"])
+    assert not torch.equal(first["torch"], second["torch"]), "masks of dropout and stochastic depth would be the same on both"
+
+
+def random_states(output: Path) -> list[dict[str, Any]]:
+    """Each process's, at the end of the run."""
+    return load_checkpoint(output / f"checkpoints/step_{STEPS:08d}")["random"]
+
+
+def as_two(command: list[str]) -> list[tuple[int, str, str]]:
+    """(exit code, output, errors) of Python in two processes, started as torchrun starts them, which keeps the store."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common = os.environ | meeting | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    processes = [subprocess.Popen([sys.executable, *command], env=common | rank, **pipes) for rank in ranks]
+    try:
+        said = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+def test_an_output_that_is_taken_is_one_message_each(repository: Path, tiny_photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    tool, config = (str(repository / name) for name in ("tools/train_cls.py", "configs/imagenette/resnet18.yaml"))
+    found = as_two([tool, "--config", config, "--output", str(tmp_path), f"data.root={tiny_photos}", "train.device=cpu"])
+    message = (
+        f"error: --output {tmp_path}: another run is in this folder (config.yaml); go on with it by --resume auto, or choose another folder"
+    )
+    assert [(code, errors) for code, _, errors in found] == [(1, f"{message}\n"), (1, f"[process 1] {message}\n")]
+
+
+def test_all_modes_are_judged_in_one_meeting(repository: Path, tiny_photos: Path, tiny_settings: list[str], tmp_path: Path) -> None:
+    config = load_classification_config(None, [*tiny_settings, f"data.root={tiny_photos}", "train.steps=1", "eval.scales=[18, 24]"])
+    trained = train(config, tmp_path / "run").weights
+    command = [str(repository / "tools/eval_cls.py"), "--weights", str(trained), "--mode", "all", "--output"]
+    # Before they met once: the second mode's processes could take the first's addresses for their own.
+    assert [(code, errors) for code, _, errors in as_two([*command, str(tmp_path / "two")])] == [(0, ""), (0, "")]
+    subprocess.run([sys.executable, *command, str(tmp_path / "one")], check=True, capture_output=True)
+    one, two = (json.loads((tmp_path / name / "eval/metrics.json").read_text()) for name in ("one", "two"))
+    assert list(one) == list(two) == ["1crop", "10crop", "multiscale"]
+    assert two == {mode: pytest.approx(figures) for mode, figures in one.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------ a worker that is killed

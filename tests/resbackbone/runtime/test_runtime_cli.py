@@ -36,7 +36,9 @@ QUIET, DEBUG = argparse.Namespace(debug=False), argparse.Namespace(debug=True)
         (Interrupted(143), 143, "stopped by a signal (exit code 143)\n"),
         (Interrupted(130), 130, "stopped by a signal (exit code 130)\n"),
         (KeyboardInterrupt(), 130, "stopped from the keyboard\n"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nlots"), 1, "error: the GPU has too little memory (CUDA out of memory.); lower"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nlots"), 1, "error: too little memory (CUDA out of memory.); lower"),
+        (MemoryError(), 1, "error: too little memory (no more is known); lower"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "error: too little memory (DefaultCPUAllocator: can't"),
     ],
 )
 def test_one_message_and_a_code(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, text: str) -> None:

@@ -101,6 +101,12 @@ def test_a_position_in_other_data_is_refused(change: dict[str, int]) -> None:
         make(**change).load_state_dict(make().state_dict())
 
 
+def test_a_position_among_shards_is_refused() -> None:
+    shards = {**make().state_dict(), "lanes": 16, "block": 256, "num_shards": 3}
+    with pytest.raises(InputError, match=r"another order, such as that of shards \(it knows of block, lanes, num_shards\)"):
+        make().load_state_dict(shards)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

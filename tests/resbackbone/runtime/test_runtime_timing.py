@@ -69,9 +69,9 @@ def test_an_empty_window_does_not_divide_by_zero(clock: Clock) -> None:
     [
         ({"data": 4, "forward": 3, "backward": 3}, 0, "cpu", r"40% of the time went into waiting for data; set data.workers=2"),
         ({"data": 2, "forward": 4, "backward": 4}, 1, "cuda", r"20% .* waiting for data; raise data.workers from 1 to up to 4"),
-        ({"data": 9, "forward": 1}, 4, "cuda", r"90% .* already use all 4 cores, .* lower data.max_size"),
+        ({"data": 9, "forward": 1}, 4, "cuda", r"90% .* already use all 4 cores, .* lower data.side"),
         ({"data": 1, "forward": 3, "backward": 6}, 4, "cuda", r"backward computation took 60% .*data wait 10%.*train.precision=bf16"),
-        ({"data": 1, "forward": 6, "backward": 3}, 4, "cpu", r"forward computation took 60% .*data.min_size"),
+        ({"data": 1, "forward": 6, "backward": 3}, 4, "cpu", r"forward computation took 60% .*data.side"),
         ({"data": 1, "forward": 2, "optimizer": 7}, 4, "cpu", r"optimizer .* 70% .*train.batch_size"),
         ({"data": 0.0}, 4, "cpu", "nothing was measured"),
         ({}, 4, "cpu", "nothing was measured"),
@@ -79,7 +79,7 @@ def test_an_empty_window_does_not_divide_by_zero(clock: Clock) -> None:
 )
 def test_bottleneck(monkeypatch: pytest.MonkeyPatch, totals: dict[str, float], workers: int, device: str, expected: str) -> None:
     monkeypatch.setattr(timing.os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
-    sentence = bottleneck_sentence(totals, workers=workers, device=device)
+    sentence = bottleneck_sentence(totals, workers=workers, device=device, size_setting="data.side")
     assert re.search(expected, sentence), sentence
     assert sentence.startswith("Bottleneck: ")
     assert sentence.endswith(".")
