@@ -42,7 +42,8 @@ class DataConfig:
     flip: bool = True  # mirror half of the training images
     pca_noise: float = 0.1  # deviation of the colour noise along RGB's principal axes (Krizhevsky et al. 2012, §4.1); 0: none
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"  # torchvision's, with its own defaults
-    normalize: Literal["mean", "mean_std"] = "mean"  # the paper subtracts the mean from 0 … 255; mean_std is what later networks take
+    # The paper subtracts the mean from 0 … 255; mean_std is what later networks take. Weights that say what they expect have it their way.
+    normalize: Literal["mean", "mean_std"] = "mean"
     decode: Literal["cpu", "gpu"] = "cpu"  # gpu: training JPEGs are decoded, cut and resized there (torchvision's nvJPEG)
     reduced_decoding: bool = True  # on the CPU, decode a JPEG at 1/2, 1/4 or 1/8 where the crop still has pixels enough
     class_numbers: dict[str, int] | None = None  # evaluating weights with more outputs: which of them each class is; null: in order
@@ -61,6 +62,9 @@ class DataConfig:
                 raise InputError(f"data.{name}={getattr(self, name)} is not possible; it must be at least {least}")
         if self.crop == "scale" and self.shorter_side[0] < self.size:
             raise InputError(f"data.shorter_side={list(self.shorter_side)} must be at least data.size={self.size}, the crop taken from it")
+        negative = [f"{name}: {number}" for name, number in (self.class_numbers or {}).items() if number < 0]
+        if negative:
+            raise InputError(f"data.class_numbers has {', '.join(negative[:5])}; a network's outputs are numbered from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,9 @@ class TrainConfig:
     warmup: Literal["linear", "constant"] = "linear"
     warmup_steps: int = 0  # none for ImageNet (§3.4)
     warmup_factor: float = 0.1  # constant: the share of lr used (§4.2: 0.01 for ResNet-110)
-    warmup_until_error: float | None = None  # constant: it ends once training error is below this, after warmup_steps at the latest
+    # constant: it ends once training error is below this, after warmup_steps at the latest. The error is that of the images since the
+    # last line of the log and is looked at there, so another log_every may end the warm-up at another step.
+    warmup_until_error: float | None = None
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha of torchvision's MixUp; 0: none
     cutmix: float = 0.0  # alpha of torchvision's CutMix; with both, a batch takes one of the two

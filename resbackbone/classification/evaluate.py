@@ -17,7 +17,7 @@ from resbackbone.backbone import Backbone
 from resbackbone.classification.config import ClassificationConfig
 from resbackbone.classification.dataset import Views
 from resbackbone.classification.loader import eval_loader
-from resbackbone.classification.networks import dense_logits, load_trained, normalizer_of
+from resbackbone.classification.networks import Trained, dense_logits, load_trained, normalizer_of
 from resbackbone.classification.shards import ShardIndex, read_index
 from resbackbone.classification.sources import Source, load_source
 from resbackbone.classification.stream import eval_stream
@@ -158,25 +158,34 @@ def _class_numbers(config: ClassificationConfig, classes: Sequence[str]) -> Tens
 def evaluate_files(weights: Sequence[Path], config_file: Path | None, overrides: Sequence[str]) -> dict[str, float]:
     """What tools/eval_cls.py prints: the figures of one weights file, or of several together, on the val split of the first's config.
 
-    Raises InputError for files that can't be read, and for networks with different outputs.
+    Joins the processes of a torchrun, which the caller leaves by `distributed.shutdown()` once it has judged all it wants. Raises
+    InputError for files that can't be read, and for networks with different outputs.
     """
     trained = [load_trained(path, config_file, overrides) for path in weights]
     config, device = trained[0].config, trained[0].config.train.device
-    for path, other in zip(weights, trained, strict=True):
-        if other.classes and trained[0].classes and other.classes != trained[0].classes:
-            raise InputError(f"{path} tells other classes apart than {weights[0]}; an ensemble needs networks of the same classes")
+    expected = _common_classes(weights, trained)
     process = distributed.setup(None if device == "auto" else device)
-    try:
-        split = load_split(config, config.data.val)
-        expected = trained[0].classes
-        if expected and config.data.class_numbers is None and expected != split.classes:
+    split = load_split(config, config.data.val)
+    if expected and config.data.class_numbers is None and expected != split.classes:
+        raise InputError(
+            f"{weights[0]} was trained on other classes than {config.data.root} has; say which output each is with data.class_numbers"
+        )
+    nets = [_placed(one.net, process.device) for one in trained]
+    return Evaluator(config, split, process=process, precision=Precision(config.train.precision, process.device)).evaluate(nets)
+
+
+def _common_classes(weights: Sequence[Path], trained: Sequence[Trained]) -> tuple[str, ...]:
+    """The names of the classes, as far as the files say (none: no file does). Raises InputError where two disagree, or in their number."""
+    for path, one in zip(weights, trained, strict=True):
+        if one.outputs != trained[0].outputs:
             raise InputError(
-                f"{weights[0]} was trained on other classes than {config.data.root} has; say which output each is with data.class_numbers"
+                f"{path} tells {one.outputs} classes apart, {weights[0]} {trained[0].outputs}; an ensemble needs the same classes in all"
             )
-        nets = [_placed(one.net, process.device) for one in trained]
-        return Evaluator(config, split, process=process, precision=Precision(config.train.precision, process.device)).evaluate(nets)
-    finally:
-        distributed.shutdown()
+    named = [(path, one.classes) for path, one in zip(weights, trained, strict=True) if one.classes]
+    for path, classes in named[1:]:
+        if classes != named[0][1]:
+            raise InputError(f"{path} tells other classes apart than {named[0][0]}; an ensemble needs networks of the same classes")
+    return named[0][1] if named else ()
 
 
 def _placed(net: nn.Module, device: torch.device) -> Any:

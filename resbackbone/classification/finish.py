@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +32,18 @@ def write_start_files(output: Path, config: ClassificationConfig) -> None:
 def announce(log: RunLog, state: TrainState, *, train_images: int, val_images: int, base_lr: float, checkpoint: Path | None) -> None:
     """Say what is about to happen: data, parameters, learning rate as it becomes, where it starts."""
     config, settings = state.config, state.config.train
-    parameters = sum(parameter.numel() for parameter in state.net.parameters())
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
     images = settings.batch_size * settings.accumulate
     log.message(f"train: {train_images} images, val: {val_images} images, {len(state.classes)} classes")
     log.message(f"{config.model.name}: {parameters / 1e6:.2f} M parameters")
-    if state.net.load_report:
-        log.message(f"weights {config.model.weights}: {state.net.load_report}")
+    if state.model.load_report:
+        log.message(f"weights {config.model.weights}: {state.model.load_report}")
     log.message(f"learning rate {settings.lr:g} for {settings.reference_batch} images a step → {base_lr:g} for {images}")
     log.message(f"{settings.steps} steps are {settings.steps * images / max(1, train_images):.1f} epochs")
     if checkpoint is not None:
         log.message(f"resumed at step {state.step} (epoch {state.sampler.epoch:.2f}) from {checkpoint}")
+        for change in state.changed_settings:
+            log.message(f"changed since that checkpoint: {change}")
 
 
 def log_step(log: RunLog, state: TrainState, loss: Tensor, *, lr: float, window: Window, device: torch.device) -> None:
@@ -62,13 +66,21 @@ def log_step(log: RunLog, state: TrainState, loss: Tensor, *, lr: float, window:
     log.progress(state.step, losses=losses, images_per_s=window.images_per_s, split=window.split, memory_mb=memory_mb, eta_s=eta_s)
 
 
+def report_unreadable(log: RunLog, loader: Any) -> None:
+    """Say how many training images could not be read, if any, over all processes: every one must call this."""
+    counts = distributed.gather_objects(loader.unreadable())
+    if sum(counts):
+        summed = f" (each of {len(counts)} processes counts those it met)" if len(counts) > 1 else ""
+        log.message(f"{sum(counts)} training images could not be read; others took their place{summed}")
+
+
 def finish(state: TrainState, output: Path, log: RunLog) -> Path:
     """Write the last checkpoint, model_final.safetensors, eval/metrics.json and curves.png; returns the weights' path."""
     state.save()
     weights = output / "model_final.safetensors"
     if distributed.is_main():
-        net = state.evaluated_net
-        save_weights(weights, net.state_dict(), classifier_metadata(state.config, state.net, state.classes))
+        net = state.evaluated_model
+        save_weights(weights, net.state_dict(), classifier_metadata(state.config, state.model, state.classes))
         write_atomically(output / "eval" / "metrics.json", to_json(state.metrics, indent=2).encode())
         draw_curves(output)
         log.message(f"weights: {weights}")
@@ -77,7 +89,10 @@ def finish(state: TrainState, output: Path, log: RunLog) -> Path:
 
 
 def draw_curves(output: Path) -> Path:
-    """curves.png as in the paper's Figure 4: training error thin and dashed, validation error bold, in %, over iterations."""
+    """curves.png as in the paper's Figure 4: training error thin and dashed, validation error bold, in %, over iterations.
+
+    Drawn from metrics.jsonl as far as the run has come, in a fraction of a second.
+    """
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
@@ -92,6 +107,7 @@ def draw_curves(output: Path) -> Path:
     axes.set(xlabel="iteration", ylabel="error (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()
-    path = output / "curves.png"
-    figure.savefig(path, dpi=100)
+    picture, path = io.BytesIO(), output / "curves.png"
+    figure.savefig(picture, format="png", dpi=100)
+    write_atomically(path, picture.getvalue())  # somebody may be looking at it
     return path

@@ -98,7 +98,11 @@ def load_ilsvrc(root: Path, split: str) -> FileSource:
         raise InputError(f"data.{split}: ILSVRC has the splits train and val;{nearest(split, ('train', 'val'))}")
     folder = next((root / name for name in (f"ILSVRC2012_img_{split}", split) if (root / name).is_dir()), None)
     if folder is None:
-        raise InputError(f"data.root={root} has no ILSVRC2012_img_{split}/; unpack ILSVRC2012_img_{split}.tar there")
+        raise InputError(
+            f"data.root={root} has no ILSVRC2012_img_{split}/; unpack ILSVRC2012_img_{split}.tar there: "
+            f"mkdir {root}/ILSVRC2012_img_{split} && tar -xf ILSVRC2012_img_{split}.tar -C {root}/ILSVRC2012_img_{split}"
+        )
+    _refuse_packed_classes(folder)
     if split == "train" or any(entry.is_dir() for entry in folder.iterdir()):
         return load_folder(root, folder.name)
     classes, wnid_of_id = _read_synsets(root / ILSVRC_DEVKIT / "meta.mat")
@@ -111,6 +115,16 @@ def load_ilsvrc(root: Path, split: str) -> FileSource:
         )
     number = {wnid: position for position, wnid in enumerate(classes)}
     return FileSource(folder, files, (number[wnid_of_id[one]] for one in ids), classes)
+
+
+def _refuse_packed_classes(folder: Path) -> None:
+    """ILSVRC2012_img_train.tar holds a tar for each class, whose images lie in no folder of their own."""
+    packed = [path.name for path in sorted(folder.glob("*.tar")) if not path.with_suffix("").is_dir()]
+    if packed:
+        raise InputError(
+            f"{folder} holds {len(packed)} tars that are not unpacked, the first {packed[0]}, each the images of a class; run: "
+            f"cd {folder} && for t in *.tar; do mkdir -p ${{t%.tar}} && tar -xf $t -C ${{t%.tar}} && rm $t; done"
+        )
 
 
 def load_cifar10(root: Path, split: str) -> ArraySource:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resbackbone.classification.config import TrainConfig
 from resbackbone.runtime import distributed
 
 
@@ -35,6 +37,18 @@ def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
     for total in sums:
         total.apply()
     return sum(distributed.gather_objects(images))
+
+
+def training_images(
+    loader: Any, sampler: Any, settings: TrainConfig, normalize: Callable[[Tensor], Tensor], device: torch.device
+) -> Iterator[Tensor]:
+    """This process's share of `bn_images` training images, in whole batches and within one epoch, as the network takes them; -1: of all."""
+    wanted, count = settings.bn_images, sampler.batches_per_epoch
+    if wanted >= 0:
+        count = min(count, -(-wanted // settings.batch_size))
+    with contextlib.closing(iter(loader)) as batches:
+        for _ in range(count):
+            yield normalize(next(batches).to(device).images)
 
 
 class _Sums:

@@ -33,6 +33,14 @@ def checked_place(root: str) -> str:
     return root.rstrip("/")
 
 
+def local_folder(output: str) -> Path:
+    """The folder that shards are written to. Raises InputError for a store: Path would make a folder named "s3:" of it."""
+    scheme, found, rest = output.partition("://")
+    if found and scheme != "file":
+        raise InputError(f"--output {output}: shards are written to a folder; write them to a disk, then copy them with the store's tool")
+    return Path(rest if found else output)
+
+
 def is_remote(place: str) -> bool:
     """Whether `place` is a URL rather than a path."""
     return "://" in place

@@ -21,6 +21,7 @@ from resbackbone.classification.sources import ArraySource, load_source
 from resbackbone.classification.stream import StreamSampler, eval_stream, train_stream
 from resbackbone.errors import InputError
 from resbackbone.runtime.distributed import Process
+from resbackbone.runtime.sampler import ResumableBatchSampler
 
 COUNTS = np.array([7, 7, 7, 7, 7, 2])
 
@@ -119,6 +120,14 @@ def test_one_order_for_any_number_of_processes_and_workers(shards: Path) -> None
 def test_the_stream_goes_on_where_it_was(shards: Path, done: int) -> None:
     whole, rest = batches(config_of(shards), 8), batches(config_of(shards), 8 - done, done=done)
     assert all(torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices) for a, b in zip(whole[done:], rest, strict=True))
+
+
+def test_a_position_in_a_folder_is_none_in_shards_and_the_other_way_round() -> None:
+    streamed = StreamSampler(COUNTS, batch_size=8, lanes=4, block=3, seed=1)
+    at_random = ResumableBatchSampler(int(COUNTS.sum()), batch_size=8, seed=1)
+    for one, other in ((streamed, at_random), (at_random, streamed)):
+        with pytest.raises(InputError, match="its position would mean other images"):
+            one.load_state_dict(other.state_dict())
 
 
 def test_the_position_belongs_to_its_order() -> None:
@@ -228,6 +237,9 @@ def test_what_writing_refuses(shards: Path, tiny_photos: Path, tmp_path: Path) -
         write_shards(source, shards / "val")
     with pytest.raises(InputError, match="--per-shard 0"):
         write_shards(source, tmp_path / "a", per_shard=0)
+    for side in (0, -1):
+        with pytest.raises(InputError, match=f"--short-side {side} is not possible"):
+            write_shards(source, tmp_path / "a", short_side=side)
     broken = tmp_path / "photos" / "val" / "red"
     broken.mkdir(parents=True)
     data = cv2.imencode(".jpg", np.zeros((32, 32, 3), dtype=np.uint8))[1].tobytes()

@@ -51,6 +51,18 @@ def test_ilsvrc_as_downloaded(tiny_photos: Path, tmp_path: Path) -> None:
     assert val.name(2).endswith("ILSVRC2012_val_00000003.JPEG")
 
 
+def test_ilsvrc_with_its_classes_still_packed(tiny_photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"mkdir .*ILSVRC2012_img_train && tar -xf ILSVRC2012_img_train\.tar -C"):
+        load_source("ilsvrc", tmp_path, "train")
+    write_ilsvrc(tmp_path, tiny_photos, [3, 1])
+    folder = tmp_path / "ILSVRC2012_img_train"
+    (folder / "n01.tar").touch()  # unpacked beside
+    assert len(load_source("ilsvrc", tmp_path, "train").labels) == 24
+    (folder / "n09.tar").touch()
+    with pytest.raises(InputError, match=r"1 tars that are not unpacked, the first n09\.tar.*for t in \*\.tar; do mkdir -p \$\{t%\.tar\}"):
+        load_source("ilsvrc", tmp_path, "train")
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
