@@ -68,8 +68,9 @@ def build_detector(
 
 def chosen_steps(config: DetectionConfig) -> Steps:
     """The steps at test time that leave the network as it is: all but context."""
-    test = config.model.test
-    return Steps(refine=test.refine, scales=test.scales, merge=test.scale_merge, flip=test.flip)
+    test, data = config.model.test, config.data
+    base = None if test.scales is None else (data.min_size[-1], data.max_size)  # the scales come from what `read_size` keeps
+    return Steps(refine=test.refine, scales=test.scales, merge=test.scale_merge, flip=test.flip, base=base)
 
 
 def resolved_config(config: DetectionConfig, detector: FasterRCNN) -> DetectionConfig:

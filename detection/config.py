@@ -5,8 +5,7 @@ Each default states its reason. A YAML file holds one run's differences from the
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -62,7 +61,7 @@ class TestConfig:
     detections: int = 100  # COCO counts the best 100 of an image
     refine: bool = False  # pool again from the regressed boxes, NMS 0.3 over both, box voting; twice the time of the region head
     context: bool = False  # the whole image beside each region: a part of the network, so training needs it too
-    scales: tuple[int, ...] | None = None  # shorter sides in pixels; the paper: [200, 400, 600, 800, 1000]
+    scales: tuple[int, ...] | None = None  # shorter sides in pixels, made from the image on disk; the paper: [200, 400, 600, 800, 1000]
     scale_merge: Literal["maxout", "nms"] = "maxout"  # the paper's two scales a region; nms: each scale detects alone, NMS joins them
     flip: bool = False  # detect in the mirror image too; NMS joins both
 
@@ -196,20 +195,6 @@ def parse_detection_config(text: str, *, source: str, overrides: Sequence[str] =
     return load_config_text(DetectionConfig, text, source=source, overrides=overrides)
 
 
-def changed_settings(before: Any, after: Any) -> list[str]:
-    """Every setting in which two configs of one schema differ, as `key.path: old → new`."""
-    old, new = (dict(_flat(dataclasses.asdict(config))) for config in (before, after))
-    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]  # options come and go
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def chosen_device(config: RunConfig) -> str | None:
     """ "cpu" or "cuda" where the config says so; None lets torch choose."""
     return None if config.train.device == "auto" else config.train.device
@@ -248,6 +233,19 @@ def train_loader(
     )
 
 
+def read_size(config: RunConfig) -> dict[str, Any]:
+    """How `resized_size` makes a test image: by data.min_size and max_size. Several scales have all the detail that the largest one shows,
+    and what is smaller than that stays as it is on disk.
+    """
+    from detection.multiscale import LONGEST_PX
+
+    test, shorter = getattr(config.model, "test", None), config.data.min_size[-1]
+    if test is None or test.scales is None:
+        return {"min_size": shorter, "max_size": config.data.max_size, "enlarge": True}
+    largest = max(shorter, *test.scales)
+    return {"min_size": largest, "max_size": max(largest, LONGEST_PX), "enlarge": False}
+
+
 def eval_loader(config: RunConfig, source: Source, process: Process, *, kind: type[DetectionDataset] | None = None) -> BatchLoader:
     """This process's share of the evaluation images; each image is in exactly one share."""
     from detection.data.dataset import DetectionDataset
@@ -259,7 +257,6 @@ def eval_loader(config: RunConfig, source: Source, process: Process, *, kind: ty
         workers=config.data.workers,
         rank=process.rank,
         world_size=process.world_size,
-        min_size=config.data.min_size,
-        max_size=config.data.max_size,
         kind=kind or DetectionDataset,
+        **read_size(config),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.faster_rcnn import FasterRCNN
+from detection.multiscale import View
 from detection.roi_head import Scored
 from detection.steps import Look, Steps, detect_with_steps, look_at
 from detection.structures import Detections
@@ -34,8 +35,8 @@ class Ensemble(nn.Module):
     def _detectors(self) -> list[FasterRCNN]:
         return list(self.members)  # type: ignore[arg-type]
 
-    def _look(self, image: Tensor) -> Look:
-        return join([look_at(member, image, self.steps) for member in self._detectors()])
+    def _look(self, view: View) -> Look:
+        return join([look_at(member, view, self.steps) for member in self._detectors()])
 
 
 def join(looks: Sequence[Look]) -> Look:
@@ -46,6 +47,7 @@ def join(looks: Sequence[Look]) -> Look:
         proposals,
         lambda regions: average([look.score(regions) for look in looks]),
         lambda found: _average_masks(found, [look.add_masks(found) for look in looks]),
+        any(look.has_masks for look in looks),
     )
 
 

@@ -19,6 +19,9 @@ from detection.roi_head import Regions
 from detection.structures import Detections, Target
 from resbackbone.errors import InputError
 
+# RoIAlign wants floats: 32 masks of 800×1333 px are 137 MB of them, a crowd's 500 would be 2.1 GB.
+MASKS_AT_ONCE = 32
+
 
 class RegionTop(nn.Module):
     """Regions pooled and run through the conv5_x that the region head has: where C4's mask branch starts."""
@@ -99,8 +102,18 @@ def cut_masks(target: Target, matches: Tensor, boxes: Tensor, *, side: int) -> T
     """(P, side, side) float: for each box (P, 4) the mask of its object, `target.masks[matches]`, cut out and resized by RoIAlign."""
     if target.masks is None:
         raise InputError(f"image {target.image_id} has no masks to train the mask branch on; set model.mask=false or annotate them")
+    if len(target.masks) <= MASKS_AT_ONCE:
+        return _cut(target.masks, matches, boxes, side)
+    masks = boxes.new_zeros((len(boxes), side, side))
+    for part in matches.unique().split(MASKS_AT_ONCE):
+        rows = torch.nonzero(torch.isin(matches, part)).flatten()
+        masks[rows] = _cut(target.masks[part], torch.searchsorted(part, matches[rows]), boxes[rows], side)
+    return masks
+
+
+def _cut(masks: Tensor, matches: Tensor, boxes: Tensor, side: int) -> Tensor:
     rois = torch.cat((matches[:, None].to(boxes.dtype), boxes), dim=1)
-    return roi_align(target.masks[:, None].to(boxes.dtype), rois, (side, side), 1.0)[:, 0]
+    return roi_align(masks[:, None].to(boxes.dtype), rois, (side, side), 1.0)[:, 0]
 
 
 def paste_masks(detections: Detections, size: tuple[int, int], *, threshold: float = 0.5) -> Iterator[Tensor]:

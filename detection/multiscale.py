@@ -35,9 +35,13 @@ class ScaledFeatures:
 
 def resize_to(image: Tensor, scale: int) -> Tensor:
     """`image` (3, h, w), uint8 or float in 0..1, with its shorter side at `scale` pixels: float in 0..1, bilinear, antialiased."""
-    size = resized_size(image.shape[-2], image.shape[-1], min_size=scale, max_size=max(scale, LONGEST_PX))
+    return interpolated(image, resized_size(image.shape[-2], image.shape[-1], min_size=scale, max_size=max(scale, LONGEST_PX)))
+
+
+def interpolated(image: Tensor, size: Size) -> Tensor:
+    """`image` (3, h, w) at `size`, as `resize_to` does it."""
     pixels = image if image.is_floating_point() else image / 255
-    if size == tuple(image.shape[-2:]):
+    if tuple(size) == tuple(image.shape[-2:]):
         return pixels
     return F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
 
@@ -77,11 +81,14 @@ def pool_two_scales(pooler: nn.Module, pyramid: Sequence[ScaledFeatures], region
 
 @dataclass(frozen=True)
 class View:
-    """The image as one detection sees it, and the way back to the image of `size` that was given."""
+    """The image as one detection sees it, and the way back to the image of `size` that was given. detail: it with all the pixels there
+    are, which the sizes of a pyramid are made from.
+    """
 
     image: Tensor
     size: Size
     mirrored: bool
+    detail: Tensor
 
     def restored(self, found: Detections) -> Detections:
         """Detections in this view, in pixels of the given image."""
@@ -90,13 +97,13 @@ class View:
         return mirror(back, self.size[1]) if self.mirrored else back
 
 
-def views_of(image: Tensor, *, scales: Sequence[int] | None, flip: bool) -> Iterator[View]:
-    """The image at each of `scales` (None: as it is), and then its mirror image at each."""
-    size = (image.shape[-2], image.shape[-1])
-    scaled = [image] if scales is None else [resize_to(image, scale) for scale in scales]
+def views_of(image: Tensor, *, scales: Sequence[int] | None, flip: bool, detail: Tensor | None = None) -> Iterator[View]:
+    """The image at each of `scales` (None: as it is), and then its mirror image at each. detail: a larger copy to make the scales from."""
+    size, detail = (image.shape[-2], image.shape[-1]), image if detail is None else detail
+    scaled = [image] if scales is None else [resize_to(detail, scale) for scale in scales]
     for mirrored in (False, True)[: 1 + flip]:
         for one in scaled:
-            yield View(one.flip(-1) if mirrored else one, size, mirrored)
+            yield View(one.flip(-1), size, True, detail.flip(-1)) if mirrored else View(one, size, False, detail)
 
 
 def mirror(found: Detections, width: int) -> Detections:

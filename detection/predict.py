@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detection.build import build_detector, chosen_steps
-from detection.config import DetectionConfig, RunConfig, chosen_device, load_detection_config, parse_detection_config
+from detection.config import DetectionConfig, RunConfig, chosen_device, load_detection_config, parse_detection_config, read_size
 from detection.data.images import resize_image, resized_size
 from detection.ensemble import Ensemble
 from detection.faster_rcnn import FasterRCNN
@@ -168,22 +168,30 @@ def load_detectors(
 
 
 class Predictor:
-    """A trained detector, or an ensemble, for single images; the first config says at which size they look."""
+    """A trained detector, or an ensemble, for images as they are; the first config says at which size they look."""
 
     def __init__(self, configs: DetectionConfig | Sequence[DetectionConfig], weights: Path | Sequence[Path]) -> None:
         config, *_ = configs = [configs] if isinstance(configs, DetectionConfig) else list(configs)
         paths = [weights] if isinstance(weights, Path) else list(weights)
         self.device = distributed.setup(chosen_device(config)).device
         self.detector, self.classes = load_detectors(configs, paths, device=self.device)
-        self.min_size, self.max_size = config.data.min_size[-1], config.data.max_size
+        self.size_rule = read_size(config)
         self.precision = Precision(config.train.precision, self.device)
 
-    @torch.inference_mode()
     def __call__(self, image: np.ndarray) -> Detections:
         """Detect in `image`, uint8 (H, W, 3) RGB of any size; boxes come back in its own pixels, on the CPU."""
-        height, width = image.shape[:2]
-        size = resized_size(height, width, min_size=self.min_size, max_size=self.max_size)
-        pixels = torch.from_numpy(np.ascontiguousarray(resize_image(image, size))).permute(2, 0, 1).contiguous().to(self.device)
+        (found,) = self.detect([image])
+        return found
+
+    @torch.inference_mode()
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """The same for several images of any sizes: those of one padded size pass through the network together."""
+        sizes = [resized_size(*image.shape[:2], **self.size_rule) for image in images]
+        pixels = [self._pixels(image, size) for image, size in zip(images, sizes, strict=True)]
         with self.precision.autocast():
-            (found,) = self.detector.detect([pixels])
-        return found.scaled(size, (height, width)).to("cpu")
+            found = self.detector.detect(pixels)
+        return [one.scaled(size, image.shape[:2]).to("cpu") for one, size, image in zip(found, sizes, images, strict=True)]
+
+    def _pixels(self, image: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """(3, *size) uint8, on the device."""
+        return torch.from_numpy(np.ascontiguousarray(resize_image(image, size))).permute(2, 0, 1).contiguous().to(self.device)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TENSORS = ("boxes", "labels", "ignore_boxes", "masks", "label_map")  # of a target
@@ -33,6 +34,14 @@ class Target:
     seed: int | None = None
     masks: Tensor | None = None
     label_map: Tensor | None = None
+
+    def scaled(self, from_size: tuple[int, int], to_size: tuple[int, int]) -> Target:
+        """The truth about the same image at another size (height, width); masks take the nearest pixel."""
+        if tuple(from_size) == tuple(to_size):
+            return self
+        factors = self.boxes.new_tensor([to_size[1] / from_size[1], to_size[0] / from_size[0]]).repeat(2)
+        masks = None if self.masks is None else F.interpolate(self.masks[:, None], size=to_size, mode="nearest")[:, 0]
+        return replace(self, boxes=self.boxes * factors, ignore_boxes=self.ignore_boxes * factors, masks=masks)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
         """The same target with its tensors on `device`."""

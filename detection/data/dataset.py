@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import cv2
@@ -49,7 +50,9 @@ class DetectionDataset:
         train: bool,
         seed: int = 0,
         empty_images: Literal["keep", "drop"] = "keep",
+        enlarge: bool = True,
     ) -> None:
+        self.enlarge = enlarge
         self.source, self.max_size, self.flip, self.train, self.seed = source, max_size, flip, train, seed
         self.min_sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size)
         if min(self.min_sizes, default=0) < 1 or max_size < max(self.min_sizes):
@@ -78,7 +81,7 @@ class DetectionDataset:
         height, width = image.shape[:2]
         boxes = self.source.annotations.of_image(index)
         scene = Scene(image=image, boxes=self.source.annotations.boxes[boxes], masks=self._masks(boxes, height, width))
-        scene = resized(scene, resized_size(height, width, min_size=min_size, max_size=self.max_size))
+        scene = resized(scene, resized_size(height, width, min_size=min_size, max_size=self.max_size, enlarge=self.enlarge))
         if mirrored:
             scene = horizontal_flip(scene)
         return Sample(
@@ -89,7 +92,8 @@ class DetectionDataset:
     def resized_sizes(self) -> np.ndarray:
         """int64 [len, 2]: (height, width) of each position's image at the test size, from the annotations alone."""
         sizes = self.source.annotations.sizes[self.keep].tolist()
-        return np.array([resized_size(h, w, min_size=self.min_sizes[-1], max_size=self.max_size) for h, w in sizes], dtype=np.int64)
+        rule = partial(resized_size, min_size=self.min_sizes[-1], max_size=self.max_size, enlarge=self.enlarge)
+        return np.array([rule(height, width) for height, width in sizes], dtype=np.int64)
 
     def _readable(self, position: int) -> tuple[int, np.ndarray]:
         """(number in the source, pixels) of the image at `position`, or its stand-in."""

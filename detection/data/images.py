@@ -64,9 +64,12 @@ def image_size(path: Path | str, *, exif: bool = True) -> tuple[int, int]:
     return header.upright_size if exif else (header.height, header.width)
 
 
-def resized_size(height: int, width: int, *, min_size: int, max_size: int) -> tuple[int, int]:
-    """(height, width) with the shorter side at `min_size`, unless the longer would pass `max_size`: torchvision's rule and rounding."""
-    scale = min(min_size / min(height, width), max_size / max(height, width))
+def resized_size(height: int, width: int, *, min_size: int, max_size: int, enlarge: bool = True) -> tuple[int, int]:
+    """(height, width) with the shorter side at `min_size`, unless the longer would pass `max_size`: torchvision's rule and rounding.
+
+    enlarge=False: a smaller image stays as it is.
+    """
+    scale = min(min_size / min(height, width), max_size / max(height, width), math.inf if enlarge else 1.0)
     return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
 
 

@@ -71,12 +71,13 @@ def build_eval_loader(
     world_size: int = 1,
     context: str | None = None,
     kind: type[DetectionDataset] = DetectionDataset,
+    enlarge: bool = True,
 ) -> BatchLoader:
     """Every image of the source exactly once over all processes, images of one shape together; several min_size: the last is used.
 
     The order is fixed, so a figure cannot depend on it. `len()` is this process's number of batches; processes may differ by one.
     """
-    dataset = kind(source, min_size=min_size, max_size=max_size, train=False)
+    dataset = kind(source, min_size=min_size, max_size=max_size, train=False, enlarge=enlarge)
     batches = shape_batches(dataset.resized_sizes(), batch_size)[rank::world_size]
     return BatchLoader(dataset, [[(0, int(i)) for i in batch] for batch in batches], workers=workers, context=context)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from detection.build import build_detector
 from detection.config import load_detection_config
 from detection.faster_rcnn import Encoded, FasterRCNN
+from detection.steps import SteppedRCNN
 
 CLASSES = 3
 SIZES = ((64, 80), (60, 45), (64, 80))
@@ -37,6 +38,8 @@ def tiny_detector(head: str, *settings: str, seed: int = 0, backbone: str = "res
     torch.manual_seed(seed)
     config = load_detection_config(None, [f"model.head={head}", f"model.backbone.name={backbone}", *TINY, *settings])
     detector = build_detector(config, CLASSES)
+    if isinstance(detector, SteppedRCNN):
+        detector.steps = replace(detector.steps, base=None)  # images come as small as they are looked at
     generator = torch.Generator().manual_seed(seed)
     for layer, std in ((detector.rpn.cls_logits, 0.2), (detector.rpn.bbox_pred, 0.05)):
         layer.weight.data.normal_(0, std, generator=generator)

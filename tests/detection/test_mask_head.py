@@ -7,7 +7,8 @@ import pytest
 import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from detection.mask_head import MaskHead, paste_masks
+from detection import mask_head
+from detection.mask_head import MaskHead, cut_masks, paste_masks
 from detection.roi_head import Regions
 from detection.structures import Detections
 
@@ -80,3 +81,20 @@ def test_pasting_equals_torchvision(box):
     (found,) = paste_masks(Detections(boxes=boxes, scores=torch.ones(1), labels=torch.ones(1), masks=masks), peers.SIZE)
     assert found.dtype == torch.uint8
     assert torch.equal(found.bool(), wanted)
+
+
+def test_a_crowd_is_cut_in_parts(monkeypatch):
+    """The same masks, and never more of them as floats at a time than the limit."""
+    objects = peers.random_boxes(9, min_side=20)
+    target = peers.target(objects, masks=_masks(objects))
+    generator = torch.Generator().manual_seed(3)
+    matches = torch.randint(1, 9, (40,), generator=generator)  # object 0 is nobody's
+    boxes = objects[matches] + torch.randn((40, 4), generator=generator)
+    whole = cut_masks(target, matches, boxes, side=14)
+    seen = []
+    align = mask_head.roi_align
+    monkeypatch.setattr(mask_head, "roi_align", lambda masks, *rest: seen.append(len(masks)) or align(masks, *rest))
+    monkeypatch.setattr(mask_head, "MASKS_AT_ONCE", 3)
+    assert torch.equal(cut_masks(target, matches, boxes, side=14), whole)
+    assert seen == [3, 3, 2]
+    assert cut_masks(target, matches[:0], boxes[:0], side=14).shape == (0, 14, 14)

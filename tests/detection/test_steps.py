@@ -85,6 +85,20 @@ def test_steps_leave_weights_and_losses_as_they_are() -> None:
         assert torch.equal(one.boxes, other.boxes)
 
 
+def test_every_view_is_encoded_once_and_the_plain_detection_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped = tiny_detector("fpn", *COMBINATIONS["all"].overrides())
+    masked = tiny_detector("fpn", "model.mask=true", *COMBINATIONS["all"].overrides())
+    encoded: list[int] = []
+    encode = FasterRCNN.encode
+    monkeypatch.setattr(FasterRCNN, "encode", lambda self, images: (encoded.append(len(images)), encode(self, images))[1])
+    stepped.detect(tiny_images()[:1])
+    assert len(encoded) == 4  # two scales and their mirror images
+    masked.detect(tiny_images()[:1])
+    assert len(encoded) == 4 + 5  # and the image as it is given, which masks are made from
+    monkeypatch.setattr(stepped.roi_head, "detect", lambda *args: pytest.fail("the plain detection is thrown away"))
+    stepped.validate(tiny_images()[:1], [_target(0)])
+
+
 def _target(seed: int) -> Target:
     return Target(
         boxes=torch.tensor([[5.0, 5.0, 40.0, 45.0]]),
