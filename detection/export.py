@@ -18,16 +18,29 @@ from torchvision.ops import box_iou
 from detection.config import DetectionConfig
 from detection.context import ContextRoIHead
 from detection.data import load_source
-from detection.data.images import read_image, resize_image, resized_size
+from detection.data.images import resize_image, resized_size
 from detection.exportable import NOTHING, ExportableDetector, suppress
 from detection.faster_rcnn import FasterRCNN
-from detection.inputs import expand
+from detection.inputs import read_some
 from detection.pooling import RegionPooler
 from detection.predict import FORMAT, config_from_weights, load_detector
 from detection.roi_head import RoIHead
 from detection.structures import Detections
+from detection.torchvision_weights import looks_like_torchvision
 from resbackbone.errors import InputError
-from resbackbone.export import MAX_IMAGES, MAX_SIDE, Graph, Run, check_format, open_program, output_path, refuse, write_program
+from resbackbone.export import (
+    MAX_IMAGES,
+    MAX_SIDE,
+    Graph,
+    Run,
+    check_format,
+    checked_file,
+    export_backbone,
+    open_program,
+    output_path,
+    refusal,
+    write_program,
+)
 from resbackbone.weights import read_state_dict
 
 LEAST_CELLS = 3  # rows of 32 pixels: below, the pyramid's p6 is one cell, which torch.export takes for a broadcast
@@ -59,34 +72,67 @@ class Parity:
         return self.unmatched <= MAX_UNMATCHED * self.boxes
 
 
+def export_weights(
+    weights: Path,
+    *,
+    to: str,
+    output: Path | None = None,
+    images: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    variant: str | None = None,
+) -> str:
+    """Export what a weights file holds, detector or backbone; see `export_detector`, `export_backbone`.
+
+    images: what to check it on, as `expand` takes them; of many, a few. Raises InputError for an option that is of no use to this kind.
+    """
+    check_format(to)
+    if not is_detector(weights):
+        if overrides:
+            raise InputError(f"{weights} holds no detector, and only detectors have settings; leave {' '.join(overrides)} out")
+        return export_backbone(weights, to=to, output=output, pictures=read_some(images), name=name, variant=variant)
+    useless = " ".join(f"--{option} {value}" for option, value in (("name", name), ("variant", variant)) if value)
+    if useless:
+        raise InputError(f"{weights} holds a detector, which says itself what its backbone is; leave {useless} out")
+    return export_detector(weights, to=to, output=output, pictures=read_some(images), overrides=overrides)
+
+
 def is_detector(weights: Path) -> bool:
-    """Whether a file is a detector of ours (a run's weights or checkpoint) rather than a backbone's weights."""
+    """Whether `read_detector_file` knows this as a detector: a run's weights or checkpoint, or torchvision's file; else a backbone's."""
     if weights.is_dir() or weights.name == "state.pt":
         return True
-    return weights.suffix == ".safetensors" and weights.is_file() and read_state_dict(weights)[1].get("format") == FORMAT
+    if not weights.is_file() or weights.suffix not in (".safetensors", ".pth"):
+        return False
+    try:
+        tensors, metadata = read_state_dict(weights)
+    except InputError:  # backbones come in more formats; their reader says what is wrong with it
+        return False
+    return metadata.get("format") == FORMAT or looks_like_torchvision(tensors)
 
 
 def export_detector(
-    weights: Path, *, to: str, output: Path | None = None, images: Sequence[str] = (), overrides: Sequence[str] = ()
+    weights: Path, *, to: str, output: Path | None = None, pictures: Sequence[np.ndarray] = (), overrides: Sequence[str] = ()
 ) -> str:
-    """Write the detector of a weights file and check it on images (drawn shapes where none are named); returns what was found.
+    """Write the detector of a weights file and check it on pictures (drawn shapes where there are none); returns what was found.
 
-    Each image is looked at in two sizes, alone and beside its mirror image. Raises InputError for a detector that can't be exported, or
-    where the check finds nothing to compare or too much that differs; the program is then removed.
+    Each picture is looked at in two sizes, alone and beside its mirror image. Raises InputError for a detector that can't be exported, or
+    where the check finds nothing to compare or too much that differs; nothing is then written.
     """
     check_format(to)
     path = output_path(weights, output, to)
     config = config_from_weights(weights, overrides)
     detector, classes = load_detector(config, weights, device=torch.device("cpu"))
     _check_exportable(detector, config, to)
-    pictures = [read_image(Path(name)) for name in expand(list(images))] if images else _drawn()
-    write_program(detector_graph(detector, config, classes, to=to), path, to=to)
-    parity = compare(detector, open_program(path, to=to), pictures, sizes=_test_sizes(config), max_size=config.data.max_size)
-    if not parity.boxes:
-        path.unlink()
-        raise InputError(f"{path} was removed unchecked: the detector finds nothing in these images; name others with --images")
-    if not parity.holds:
-        raise refuse(path, f"only {parity}")
+    pictures = pictures or _drawn()
+    with checked_file(path) as program:
+        write_program(detector_graph(detector, config, classes, to=to), program, to=to)
+        parity = compare(detector, open_program(program, to=to), pictures, sizes=_test_sizes(config), max_size=config.data.max_size)
+        if not parity.boxes:
+            raise InputError(
+                f"{path} was not written, being unchecked: the detector finds nothing in these images; name others with --images"
+            )
+        if not parity.holds:
+            raise refusal(path, f"only {parity}")
     sizes = " and ".join(str(size) for size in _test_sizes(config))
     return f"{path}: {parity}; {len(pictures)} images, shorter side {sizes}, batches of 1 and 2"
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from detection.data.images import read_image
-from resbackbone.errors import InputError
+from resbackbone.errors import InputError, nearest
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
+MOST_PICTURES = 8  # to check an export on: each is run six times, in two sizes, alone and beside its mirror image
+MOST_FRAMES_PER_SECOND = 1000.0  # more is what a camera says that doesn't know
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,29 +28,61 @@ class Frame:
     frames_per_second: float = 25.0
 
 
-def expand(inputs: list[str]) -> list[str]:
-    """Each input as files (or a camera number): folders give their images and videos, globs what they match, in order."""
-    found: list[str] = []
-    for given in inputs:
-        path = Path(given)
-        if given.isdigit() and not path.exists():
-            found.append(given)
-        elif path.is_dir():
-            found += [str(entry) for entry in sorted(path.iterdir()) if entry.suffix.lower() in IMAGES | VIDEOS]
-        elif path.is_file():
-            found.append(given)
-        else:
-            found += sorted(glob.glob(given, recursive=True))
-    if not found:
-        raise InputError(
-            f"no image or video at {' '.join(inputs)}; give files, a folder with {', '.join(sorted(IMAGES))}, or a camera number"
-        )
-    return found
+def is_camera(source: str) -> bool:
+    """Whether a source is a camera's number; a file of such a name is a file."""
+    return source.isdigit() and not Path(source).exists()
+
+
+def is_video(source: str) -> bool:
+    """Whether a source has frames, as videos and cameras do; all else is a still."""
+    return is_camera(source) or Path(source).suffix.lower() in VIDEOS
+
+
+def expand(inputs: Sequence[str], *, stills: bool = False) -> list[str]:
+    """Each input as files (or a camera number): folders give their images and videos, globs what they match, in order.
+
+    stills: leave out videos and cameras. Raises InputError that names every input without a match.
+    """
+    matches = {given: _matches(given, stills=stills) for given in inputs}
+    missing = [given + _near(given) for given, found in matches.items() if not found]
+    if missing:
+        wanted, more = ("image", "") if stills else ("image or video", ", or a camera number")
+        raise InputError(f"no {wanted} at {' and none at '.join(missing)}; give files, a folder with {', '.join(sorted(IMAGES))}{more}")
+    return [source for given in inputs for source in matches[given]]
+
+
+def _matches(given: str, *, stills: bool) -> list[str]:
+    path = Path(given)
+    if path.is_dir():
+        found = [str(entry) for entry in sorted(path.iterdir()) if entry.suffix.lower() in IMAGES | VIDEOS]
+    elif path.is_file() or is_camera(given):
+        found = [given]
+    else:
+        found = [match for match in sorted(glob.glob(given, recursive=True)) if Path(match).is_file()]
+    return [source for source in found if not (stills and is_video(source))]
+
+
+def _near(given: str) -> str:
+    """The file beside `given` that may be meant, as a question."""
+    path = Path(given)
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    hint = nearest(path.name, [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in IMAGES | VIDEOS])
+    return f" ({hint.strip()})" if hint else ""
+
+
+def read_some(inputs: Sequence[str], *, most: int = MOST_PICTURES, log: Callable[[str], None] = print) -> list[np.ndarray]:
+    """The images of `inputs`, uint8 (H, W, 3) RGB: of more than `most`, as many evenly spread ones, which is logged."""
+    names = expand(inputs, stills=True)
+    chosen = names if len(names) <= most else [names[number * len(names) // most] for number in range(most)]
+    if len(chosen) < len(names):
+        log(f"looking at {len(chosen)} of {len(names)} images, evenly spread")
+    return [read_image(Path(name)) for name in chosen]
 
 
 def frames_of(source: str) -> Generator[Frame, None, None]:
     """The frames of one file or camera; InputError names a file that cannot be read."""
-    if not source.isdigit() and Path(source).suffix.lower() not in VIDEOS:
+    if not is_video(source):
         yield Frame(name=Path(source).name, image=read_image(Path(source)))
         return
     yield from _video_frames(source)
@@ -57,8 +91,9 @@ def frames_of(source: str) -> Generator[Frame, None, None]:
 def _video_frames(source: str) -> Generator[Frame, None, None]:
     import cv2
 
-    capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
-    name, rate = f"camera{source}" if source.isdigit() else Path(source).name, capture.get(cv2.CAP_PROP_FPS) or 25.0
+    capture = cv2.VideoCapture(int(source) if is_camera(source) else source)
+    name, rate = f"camera{source}" if is_camera(source) else Path(source).name, capture.get(cv2.CAP_PROP_FPS)
+    rate = rate if 0 < rate <= MOST_FRAMES_PER_SECOND else 25.0
     index = 0
     try:
         while True:

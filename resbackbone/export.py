@@ -1,15 +1,19 @@
 """Networks as files that run without this package: ONNX and torch.export programs, checked against the network they come from.
 
-A file that disagrees with its network is removed: nobody should find out later.
+A file that disagrees with its network never gets its name: nobody should find out later.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
+import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resbackbone.backbone import Backbone
+from resbackbone.backbone import Backbone, Preprocessing
 from resbackbone.convert import create_from_file
 from resbackbone.errors import InputError, nearest
+from resbackbone.runtime.atomic import storage_errors, sync_folder
 
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 MAX_IMAGES, MAX_SIDE = 1024, 4096  # what a program is promised to take
 BACKBONE_SIZES = ((96, 128), (160, 224))
+PICTURE_SIDES = (224, 448)  # of a real image: its shorter side, unless the longer would pass the second
 SAME_FEATURES = 1e-3  # of a map's largest value: float32 sums in another order, over a hundred layers
 Run = Callable[..., list[np.ndarray]]
 
@@ -63,15 +69,35 @@ def output_path(weights: Path, output: Path | None, to: str) -> Path:
     return output
 
 
+@contextmanager
+def checked_file(path: Path) -> Iterator[Path]:
+    """Where to write a program and check it: a folder beside `path`, from which it takes its place when the block ends well.
+
+    Whatever is raised inside, an earlier file at `path` stays as it is and nothing else is left. Raises InputError for a full disk, a
+    read-only folder, or a path that can't be a file.
+    """
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; give a file in it")
+        # A folder, since ONNX puts weights of gigabytes into a second file, which the first calls by its name.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent) as folder:
+            yield Path(folder) / path.name
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+                os.replace(file, path.parent / file.name)
+            sync_folder(path.parent)
+
+
 def write_program(graph: Graph, path: Path, *, to: str) -> None:
     """Trace the module and write it; the file holds the weights."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporters' notes on their own future
         program = torch.export.export(graph.module, graph.example, dynamic_shapes=graph.shapes)
         if to == "torch-export":
-            torch.export.save(program, path, extra_files={"metadata.json": json.dumps(graph.metadata)})
+            buffer = io.BytesIO()  # given a path, torch's writer ends the whole process where the disk is full
+            torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(graph.metadata)})
+            path.write_bytes(buffer.getbuffer())
             return
         written = torch.onnx.export(
             program,
@@ -103,10 +129,9 @@ def open_program(path: Path, *, to: str) -> Run:
     return run
 
 
-def refuse(path: Path, why: str) -> InputError:
-    """Remove the file; the error to raise."""
-    path.unlink(missing_ok=True)
-    return InputError(f"{path} was written, doesn't agree with the network it comes from, and was removed: {why}")
+def refusal(path: Path, why: str) -> InputError:
+    """The error to raise where a program differs."""
+    return InputError(f"{path} was not written: the program doesn't agree with the network it comes from: {why}")
 
 
 class _Maps(nn.Module):
@@ -145,26 +170,55 @@ def backbone_graph(backbone: Backbone) -> Graph:
     )
 
 
-def export_backbone(weights: Path, *, to: str, output: Path | None = None, name: str | None = None, variant: str | None = None) -> str:
-    """Export the feature maps of the network in a weights file of any format, check them at two sizes and two batch sizes, say how it went.
+def export_backbone(
+    weights: Path,
+    *,
+    to: str,
+    output: Path | None = None,
+    pictures: Sequence[np.ndarray] = (),
+    name: str | None = None,
+    variant: str | None = None,
+) -> str:
+    """Export the feature maps of the network in a weights file of any format, check them, say how it went.
 
-    Raises InputError where the file can't be read or the program's maps differ (and then removes the program).
+    Checked on noise of two sizes and two batch sizes, and on `pictures`, uint8 (H, W, 3) RGB of any size, each beside its mirror image.
+    Raises InputError where the weights can't be read, the file can't be written or the program's maps differ (nothing is then written).
     """
     check_format(to)
     path = output_path(weights, output, to)
     backbone = create_from_file(weights, name=name, variant=variant).eval()
     graph = backbone_graph(backbone)
-    write_program(graph, path, to=to)
-    worst = compare_maps(backbone, open_program(path, to=to), _noise(graph.example[0].shape[1]))
-    if not worst <= SAME_FEATURES:
-        raise refuse(path, f"a map differs by {worst:.1e} of its largest value, more than {SAME_FEATURES:.0e}")
+    divisor = int(graph.metadata["divisor"])
+    with checked_file(path) as program:
+        write_program(graph, program, to=to)
+        noise = _noise(graph.example[0].shape[1])
+        real = (prepared(picture, backbone.preprocessing, divisor=divisor) for picture in pictures)
+        worst = compare_maps(backbone, open_program(program, to=to), (*noise, *real))
+        if not worst <= SAME_FEATURES:
+            raise refusal(path, f"a map differs by {worst:.1e} of its largest value, more than {SAME_FEATURES:.0e}")
     sizes = ", ".join(f"{height}×{width}" for height, width in BACKBONE_SIZES)
-    return f"{path}: {', '.join(backbone.out_features)} equal to {worst:.1e} of each map's largest value, at {sizes} and 1 and 2 images"
+    seen = f"at {sizes} and 1 and 2 images" + (f" of noise, and on {len(pictures)} real images" if pictures else "")
+    return f"{path}: {', '.join(backbone.out_features)} equal to {worst:.1e} of each map's largest value, {seen}"
 
 
 def _noise(channels: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn((count, channels, *size), generator=generator) for size in BACKBONE_SIZES for count in (1, 2)]
+
+
+def prepared(picture: np.ndarray, said: Preprocessing, *, divisor: int) -> Tensor:
+    """uint8 (H, W, 3) RGB → (2, C, h, w): the picture and its mirror image as the weights want them, sides multiples of `divisor`.
+
+    For other than three channels, their average in each.
+    """
+    scale = min(PICTURE_SIDES[0] / min(picture.shape[:2]), PICTURE_SIDES[1] / max(picture.shape[:2]))
+    size = [divisor * max(2, round(side * scale / divisor)) for side in picture.shape[:2]]
+    whole = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    image = nn.functional.interpolate(whole, size=size, mode="bilinear", antialias=True)
+    image = image.flip(1) if said.color_order == "BGR" else image
+    image = image if len(said.mean) == 3 else image.mean(dim=1, keepdim=True).expand(-1, len(said.mean), -1, -1)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (said.mean, said.std))
+    return (torch.cat((image, image.flip(3))) * said.input_range - mean) / std
 
 
 @torch.no_grad()

@@ -18,25 +18,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", required=True, metavar="FORMAT", help="onnx or torch-export")
     parser.add_argument("--output", type=Path, metavar="F", help="the file to write (default: WEIGHTS with the ending .onnx or .pt2)")
     parser.add_argument(
-        "--images", nargs="+", default=[], metavar="I", help="images, folders or globs to check a detector on (default: drawn)"
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="I",
+        help="images, folders or globs to check it on; of many, 8 are taken",
     )
     parser.add_argument("--name", help="of a backbone whose file doesn't tell: resnet50, resnet20_cifar …")
     parser.add_argument("--variant", help="v1, v1.5 or v2, where a backbone's file doesn't tell")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="of a detector: settings that differ from the ones it carries"
-    )
-    return parser.parse_intermixed_args(argv)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of a detector: settings that differ from those it carries")
+    args = parser.parse_intermixed_args(argv)
+    settings = [text for text in args.images if "=" in text and not Path(text).exists()]  # --images takes all that follows it
+    args.images, args.overrides = [text for text in args.images if text not in settings], args.overrides + settings
+    return args
 
 
 def run(args: argparse.Namespace) -> None:
-    from detection.export import export_detector, is_detector
-    from resbackbone.export import export_backbone
+    from detection.export import export_weights
 
-    if is_detector(args.weights):
-        print(export_detector(args.weights, to=args.to, output=args.output, images=args.images, overrides=args.overrides))
-    else:
-        print(export_backbone(args.weights, to=args.to, output=args.output, name=args.name, variant=args.variant))
+    options = {"output": args.output, "images": args.images, "overrides": args.overrides, "name": args.name, "variant": args.variant}
+    print(export_weights(args.weights, to=args.to, **options))
 
 
 def main(argv: list[str] | None = None) -> int:

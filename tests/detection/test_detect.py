@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from detection.build import build_detector
 from detection.config import load_detection_config
 from detection.detect import detect_all
 from detection.draw import draw_detections
-from detection.inputs import Frame, expand, frames_of
+from detection.inputs import Frame, frames_of
 from detection.predict import Predictor, detector_metadata, resolve_config
 from detection.structures import Detections
 from resbackbone.errors import InputError
@@ -158,16 +158,16 @@ def test_stages_at_once_change_no_byte_and_no_order(predictor: Predictor, photos
 
 
 class Failing:
-    """The predictor up to its third frame, then an error."""
+    """The predictor up to its third batch, then an error."""
 
     def __init__(self, predictor: Predictor, error: BaseException) -> None:
         self.predictor, self.classes, self.error, self.frames = predictor, predictor.classes, error, 0
 
-    def __call__(self, image: np.ndarray) -> Detections:
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
         self.frames += 1
         if self.frames == 3:
             raise self.error
-        return self.predictor(image)
+        return self.predictor.detect(images)
 
 
 def endless(source: str) -> Iterator[Frame]:
@@ -200,27 +200,122 @@ def test_any_other_error_ends_all_and_arrives(
     assert threading.active_count() == threads
     capture = cv2.VideoCapture(str(tmp_path / "camera0.mp4"))
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 2, "the drawn frames before it are in a video that opens"
+    content = json.loads((tmp_path / "camera0.json").read_text())
+    assert [frame["frame"] for frame in content["frames"]] == [0, 1], "and in a JSON, which is how a camera's always ends"
 
 
 def test_a_full_disk_ends_all_and_arrives(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detection.detect.frames_of", endless)
     drawing = Failing(predictor, OSError(28, "No space left on device"))
-    monkeypatch.setattr("detection.detect.draw_detections", lambda image, found, classes, threshold: drawing(image) and image)
+    monkeypatch.setattr("detection.detect.draw_detections", lambda image, found, classes, threshold: drawing.detect([image]) and image)
     threads = threading.active_count()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="the disk is full"):
         detect_all(predictor, ["0"], tmp_path)
     assert threading.active_count() == threads
+
+
+def test_a_reader_of_the_log_that_leaves_is_no_full_disk(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    def log(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        detect_all(predictor, [str(photos)], tmp_path / "out", log=log)
+
+
+def test_what_cannot_be_written_is_said(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a file stands where a folder is needed"):
+        detect_all(predictor, [str(photos)], photos / "photo0.jpg")
+    write_clip(photos / "clip.mp4", 1)
+    (tmp_path / "out" / "clip.mp4").mkdir(parents=True)
+    drawn, complaints = detect_all(predictor, [str(photos)], tmp_path / "out")
+    assert [path.name for path in drawn] == ["photo0.jpg", "photo1.jpg"]
+    assert "clip.mp4 can't be written as a video of 480×320 pixels, 10 frames a second" in complaints[0]
+    (tmp_path / "out" / "photo0.json").unlink()
+    (tmp_path / "out" / "photo0.json").mkdir()
+    with pytest.raises(InputError, match=r"out: writing failed .Is a directory"):
+        detect_all(predictor, [str(photos)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("by", ["its folder", "a link to its folder", "a link to it"])
+def test_an_input_is_never_overwritten(predictor: Predictor, photos: Path, tmp_path: Path, by: str) -> None:
+    write_clip(photos / "clip.mp4", 2)
+    before = {path: path.read_bytes() for path in photos.iterdir()}
+    output = photos if by == "its folder" else tmp_path / "out"
+    if by == "a link to its folder":
+        output.symlink_to(photos)
+    elif by == "a link to it":
+        output.mkdir()
+        (output / "clip.mp4").symlink_to(photos / "clip.mp4")
+        (output / "photo1.json").symlink_to(photos / "photo0.jpg")
+    for inputs in ([str(photos / "clip.mp4")], [str(photos)]):
+        with pytest.raises(InputError, match=r"is the input .* choose another --output"):
+            detect_all(predictor, inputs, output)
+    assert {path: path.read_bytes() for path in photos.iterdir()} == before
+    assert output == photos or by != "a link to it" or len(list(output.iterdir())) == 2
+    detect_all(predictor, [str(photos)], tmp_path / "other")
+    detect_all(predictor, [str(photos)], tmp_path / "other", log=lambda text: None)  # an earlier output is replaced
+
+
+class Watched:
+    """The predictor, with the size of every batch, that refuses pictures that are white."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor, self.classes, self.batches = predictor, predictor.classes, list[int]()
+
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        self.batches.append(len(images))
+        if any(image.min() == 255 for image in images):
+            raise InputError("a white picture")
+        return self.predictor.detect(images)
+
+
+def noise(height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+
+
+@pytest.mark.parametrize("sizes", [[(64, 96)] * 3, [(64, 96), (96, 64), (80, 80), (64, 96)]], ids=["one size", "several"])
+def test_a_batch_finds_what_one_by_one_does(predictor: Predictor, sizes: list[tuple[int, int]]) -> None:
+    images = [noise(*size, seed) for seed, size in enumerate(sizes)]
+    for image, found in zip(images, predictor.detect(images), strict=True):
+        alone = predictor(image)
+        assert len(found) == len(alone) > 0
+        assert torch.equal(found.labels, alone.labels)
+        torch.testing.assert_close(found.scores, alone.scores, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.boxes, alone.boxes, atol=1e-4, rtol=0)
+
+
+def test_stills_in_batches_are_written_as_one_by_one(predictor: Predictor, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(5):
+        cv2.imwrite(str(folder / f"{number}.png"), noise(64, 96, number))
+    cv2.imwrite(str(folder / "2.png"), np.full((64, 96, 3), 255, np.uint8))
+    (folder / "1b.jpg").write_bytes(b"<html>")
+    write_clip(folder / "3b.mp4", 2)
+    written = []
+    for batch_size in (1, 3):
+        watched: Any = Watched(predictor)
+        said: list[str] = []
+        output = tmp_path / f"out{batch_size}"
+        detect_all(watched, [str(folder)], output, threshold=0.0, batch_size=batch_size, log=lambda text, said=said: said.append(text))
+        written.append(({path.name: path.read_bytes() for path in output.iterdir()}, [text.partition(" → ")[0] for text in said]))
+        assert watched.batches == {1: [1] * 7, 3: [2, 2, 1, 1, 1, 1, 1]}[batch_size]
+    assert written[0] == written[1]
+    assert [text for text in written[0][1] if "skipped" in text][1] == "skipped: a white picture"
+    with pytest.raises(InputError, match="--batch-size 0"):
+        detect_all(predictor, [str(folder)], tmp_path, batch_size=0)
 
 
 def test_same_names_do_not_overwrite_each_other(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
     inputs = [str(photos / "photo0.jpg")] * 2
     drawn, _ = detect_all(predictor, inputs, tmp_path / "out")
-    assert len({path.name for path in drawn}) == 2
-
-
-def test_nothing_found_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no image or video"):
-        expand([str(tmp_path / "*.jpg")])
+    assert [path.name for path in drawn] == ["photo0.jpg", "photo0_2.jpg"]
+    three = [photos / "a.jpg", photos / "a.png", photos / "a_2.jpg"]
+    for brightness, path in enumerate(three):
+        cv2.imwrite(str(path), np.full((64, 64, 3), 100 * brightness, np.uint8))
+    drawn, _ = detect_all(predictor, [str(path) for path in three], tmp_path / "three")
+    assert [path.name for path in drawn] == ["a.jpg", "a_2.jpg", "a_2_2.jpg"]
+    assert [json.loads(path.with_suffix(".json").read_text())["source"] for path in drawn] == [str(path) for path in three]
 
 
 def test_backbone_weights_are_no_detector(tmp_path: Path) -> None:
@@ -231,6 +326,7 @@ def test_backbone_weights_are_no_detector(tmp_path: Path) -> None:
 
 
 def test_precision_is_one_setting_more() -> None:
-    args = parse(["--weights", "w.safetensors", "a.jpg", "--precision", "fp32", "data.min_size=[64]"])
+    args = parse(["--weights", "w.safetensors", "a.jpg", "--precision", "fp32", "data.min_size=[64]", "--batch-size", "4"])
     assert args.overrides == ["data.min_size=[64]", "train.precision=fp32"]
     assert args.inputs == ["a.jpg"]
+    assert args.batch_size == 4

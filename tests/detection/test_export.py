@@ -18,6 +18,7 @@ from torchvision.ops import nms
 from detection import export
 from detection.build import build_detector, resolved_config
 from detection.config import DetectionConfig, load_detection_config
+from detection.data.images import read_image
 from detection.exportable import ExportableDetector, suppress
 from detection.faster_rcnn import FasterRCNN
 from detection.mask_head import paste_masks
@@ -252,15 +253,15 @@ def test_a_program_that_differs_is_removed(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(export, "open_program", lambda path, *, to: run)
     assert main([str(weights), "--to", "torch-export"]) == 1
-    assert "was removed: only" in capsys.readouterr().err
-    assert not (tmp_path / "w.pt2").exists()
+    assert "was not written: the program doesn't agree with the network it comes from: only" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [weights]
     other.detector.roi_head.score_threshold = 0.05
     assert main([str(weights), "--to", "torch-export"]) == 0
     detects_nothing = [np.zeros((2, 20, 4), np.float32), np.zeros((2, 20), np.float32), np.zeros((2, 20), np.int64)]
     monkeypatch.setattr(export, "open_program", lambda path, *, to: lambda images, sizes: [one[: len(images)] for one in detects_nothing])
     assert main([str(weights), "--to", "torch-export", "model.test.score_threshold=1"]) == 1
     assert "finds nothing" in capsys.readouterr().err
-    assert not (tmp_path / "w.pt2").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"w.safetensors", "w.pt2"}, "the one that agreed stays"
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,8 @@ def test_a_program_that_differs_is_removed(tmp_path: Path, monkeypatch: pytest.M
     [
         (["--to", "onxn"], "did you mean 'onnx'?"),
         (["--to", "torch-export", "--output", "a.onnx"], "writes .pt2 files"),
-        (["--to", "torch-export", "--images", "nosuch.jpg"], "no image or video at nosuch.jpg"),
+        (["--to", "torch-export", "--images", "nosuch.jpg"], "no image at nosuch.jpg"),
+        (["--to", "torch-export", "--name", "resnet50", "--variant", "v2"], "leave --name resnet50 --variant v2 out"),
         (["--to", "torch-export", "model.test.refine=true"], "looks at each image once"),
         (["--to", "onnx", "model.roi.op=pool"], "no equal in ONNX"),
     ],
@@ -278,6 +280,30 @@ def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], argumen
     assert main([str(weights), *arguments]) == 1
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_it_is_checked_on_a_few_of_the_images_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder with a video in it; the program here is the detector itself, which finds the same."""
+    weights, folder = write_detector(tmp_path / "w.safetensors", "model.head=c4"), tmp_path / "photos"
+    folder.mkdir()
+    (folder / "clip.mp4").write_bytes(b"x")
+    for number in range(20):
+        picture = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+        cv2.imwrite(str(folder / f"{number}.png"), picture)
+    graph = ExportableDetector(load_detector(config_from_weights(weights), weights, device=torch.device("cpu"))[0]).eval()
+
+    @torch.no_grad()
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        return [output.numpy() for output in graph(*map(torch.from_numpy, inputs))]
+
+    monkeypatch.setattr(export, "write_program", lambda graph, path, *, to: path.write_bytes(b"x"))
+    monkeypatch.setattr(export, "open_program", lambda path, *, to: run)
+    assert main([str(weights), "--to", "torch-export", "--images", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "looking at 8 of 20 images" in said
+    assert "8 images, shorter side 128 and 96" in said
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,9 +329,9 @@ def test_r50_on_20_voc_images(voc_root: Path, unpacked_data: Path, tmp_path: Pat
     config = resolved_config(config, detector)
     weights = tmp_path / "w.safetensors"
     save_weights(weights, detector.state_dict(), detector_metadata(config, [f"class{k}" for k in range(20)], detector))
-    pictures = [str(path) for path in sorted(voc_root.rglob("*.jpg"))[:20]]
+    pictures = sorted(voc_root.rglob("*.jpg"))[:20]
     assert len(pictures) == 20
-    said = export.export_detector(weights, to=to, images=pictures)
+    said = export.export_detector(weights, to=to, pictures=[read_image(path) for path in pictures])
     found, total = (int(word) for word in said.split(": ")[1].split(" boxes")[0].split(" of "))
     assert total > 200, said
     assert found >= 0.99 * total, said

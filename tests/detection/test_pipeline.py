@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +123,40 @@ def test_the_keyboard_reaches_a_reader_that_waits() -> None:
             list(overlapped(source()))
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_camera_that_never_answers_is_left_behind() -> None:
+    answers, where = threading.Event(), []
+
+    def camera() -> Generator[int, None, None]:
+        where.append(threading.current_thread())
+        yield 0
+        answers.wait(PATIENCE_S)
+        yield 1
+
+    items = overlapped(camera(), patience_s=0.1)
+    next(items)
+    start = time.monotonic()
+    items.close()
+    assert time.monotonic() - start < PATIENCE_S / 2
+    assert where[0].is_alive()
+    answers.set()
+    where[0].join(PATIENCE_S)
+
+
+def test_a_program_with_such_a_camera_ends_by_the_keyboard(repository: Path) -> None:
+    code = """
+import os, signal, threading
+from detection.pipeline import overlapped
+
+def camera():
+    yield 0
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait()
+    yield 1
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+list(overlapped(overlapped(camera(), patience_s=0.1), patience_s=0.1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT, done.stderr

@@ -1,0 +1,74 @@
+"""What an input stands for: files, folders, globs, videos, cameras; and what stands for nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from detection.inputs import expand, frames_of, is_camera, read_some
+from resbackbone.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Holds a.jpg, b.png, clip.mp4, notes.txt, an empty folder, and is where one works."""
+    for number, name in enumerate(("a.jpg", "b.png")):
+        cv2.imwrite(str(tmp_path / name), np.full((8, 8, 3), 100 * number, np.uint8))
+    for name in ("clip.mp4", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("inputs", "stills", "found"),
+    [
+        (["a.jpg", "a.jpg"], False, ["a.jpg", "a.jpg"]),
+        (["clip.mp4", "."], False, ["clip.mp4", "a.jpg", "b.png", "clip.mp4"]),
+        (["."], True, ["a.jpg", "b.png"]),
+        (["*"], False, ["a.jpg", "b.png", "clip.mp4", "notes.txt"]),
+        (["*.???"], True, ["a.jpg", "b.png", "notes.txt"]),
+        (["0", "b.png"], False, ["0", "b.png"]),
+        ([], True, []),
+    ],
+)
+def test_inputs_become_files(folder: Path, inputs: list[str], stills: bool, found: list[str]) -> None:
+    assert expand(inputs, stills=stills) == found
+
+
+@pytest.mark.parametrize(
+    ("inputs", "stills", "said"),
+    [
+        (["*.bmp"], False, "no image or video at *.bmp; give files"),
+        (["a.jpg", "b.pgn"], False, "no image or video at b.pgn (did you mean 'b.png'?); give files"),
+        (["zzz.tif", "a.jpg", "*.bmp", "empty"], False, "at zzz.tif and none at *.bmp and none at empty; give files"),
+        (["nowhere/a.jpg"], False, "at nowhere/a.jpg; give files"),
+        (["a.jpg", "clip.mp4"], True, "no image at clip.mp4; give files"),
+        (["0"], True, "no image at 0; give files"),
+    ],
+)
+def test_every_input_that_is_nothing_is_named(folder: Path, inputs: list[str], stills: bool, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        expand(inputs, stills=stills)
+    assert said in str(caught.value)
+    assert ("camera" in str(caught.value)) is not stills
+
+
+def test_a_file_named_by_a_number_is_no_camera(folder: Path) -> None:
+    (folder / "a.jpg").rename("7")
+    assert (is_camera("0"), is_camera("7")) == (True, False)
+    assert [frame.index for frame in frames_of("7")] == [None]
+
+
+def test_of_many_images_a_few_are_read(folder: Path) -> None:
+    said: list[str] = []
+    for number in range(20):
+        cv2.imwrite(f"empty/{number:02}.png", np.full((8, 8, 3), number, np.uint8))
+    assert [int(image[0, 0, 0]) for image in read_some(["empty"], log=said.append)] == [0, 2, 5, 7, 10, 12, 15, 17]
+    assert said == ["looking at 8 of 20 images, evenly spread"]
+    assert len(read_some(["a.jpg", "."], most=3, log=said.append)) == 3
+    assert len(said) == 1
