@@ -19,16 +19,22 @@ import torch
 from torch import Tensor
 
 from detection.build import chosen_steps
-from detection.config import DetectionConfig
+from detection.config import DetectionConfig, load_detection_config
 from detection.faster_rcnn import FasterRCNN, check_boxes
 from detection.predict import config_from_weights, load_detector, read_detector_file
 from detection.steps import SteppedRCNN, Steps
 from detection.structures import Target
 from detection.train import TrainResult, train
 from resbackbone.errors import InputError
+from resbackbone.runtime.config import changed_settings
 
 Part = Literal["rpn", "regions"]
 Prepare = Callable[[FasterRCNN], FasterRCNN]
+# No weight hangs on these, so a finished step may have had others; the norms' epsilon is written there as the weights decided it.
+FREE = (
+    *("model.backbone.norm_eps", "model.test.", "data.workers", "train.device", "train.log_every", "train.save_every"),
+    *("train.keep_checkpoints", "eval."),
+)
 
 
 class HalfRCNN(SteppedRCNN):
@@ -75,18 +81,34 @@ class HalfRCNN(SteppedRCNN):
 def train_alternating(config: DetectionConfig, output: Path, *, resume: str | None = None) -> TrainResult:
     """The four steps; returns the last one's result. Arguments and errors as of `train`; resume: None or "auto".
 
-    A step that has left its weights is not repeated, so a stopped training goes on in the step where it was.
+    A step that has left its weights is not repeated, so a stopped training goes on in the step where it was. Raises InputError also where
+    such a step had other settings.
     """
     if resume not in (None, "auto"):
         raise InputError(f"--resume {resume}: alternating training is four runs with checkpoints of their own; give --resume auto")
-    early = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=0, early_stop=None))
+    once = dataclasses.replace(config.train, eval_every=0, early_stop=None)
+    unseen = dataclasses.replace(config.eval, samples=0, report=False)  # half a detector's boxes tell nothing; its loss does
+    early = dataclasses.replace(config, train=once, eval=unseen)
     folders = [output / f"step_{number}" for number in (1, 2, 3)]
     weights = [folder / "model_final.safetensors" for folder in folders]
     prepared = _preparations(config, weights)
     for folder, final, prepare in zip(folders, weights, prepared[:3], strict=True):
-        if not (resume == "auto" and final.is_file()):
+        if resume == "auto" and final.is_file():
+            _check_settings(folder, early)
+        else:
             train(early, folder, resume=resume, prepare=prepare)
     return train(config, output, resume=resume, prepare=prepared[3])
+
+
+def _check_settings(folder: Path, config: DetectionConfig) -> None:
+    """Raises InputError where the finished step in `folder` had other settings, of those that its weights hang on."""
+    changes = changed_settings(load_detection_config(folder / "config.yaml"), config)
+    changes = [one for one in changes if one.startswith("model.test.context:") or not one.startswith(FREE)]
+    if changes:
+        raise InputError(
+            f"{folder} holds a finished step with other settings: {'; '.join(changes[:4])}. Go on with those it had, give another "
+            "--output, or remove it and the steps after it"
+        )
 
 
 def _preparations(config: DetectionConfig, weights: Sequence[Path]) -> list[Prepare]:

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from detection.alternating import train_alternating
-from detection.config import DetectionConfig, changed_settings, load_detection_config, load_split
+from detection.config import DetectionConfig, load_detection_config, load_split
 from detection.data.source import Source
-from detection.evaluation.bootstrap import Interval, Verdicts, coco_verdicts, mean_ap, voc_verdicts
+from detection.evaluation.bootstrap import Interval, Verdicts, coco_verdicts, draws, mean_aps, voc_verdicts
 from detection.evaluation.evaluate import primary_metric, voc_truth
 from detection.evaluation.results import coco_image_ids
 from detection.train import train
 from resbackbone.errors import InputError, nearest
 from resbackbone.runtime.atomic import write_atomically
+from resbackbone.runtime.config import changed_settings
 
 DEFAULT_BASELINE = "vgg16"  # tables 7 and 8
 RESAMPLES, LEVEL = 1000, 0.95
@@ -96,8 +97,11 @@ def compare(
     """Train what is missing, judge all, write compare.json, compare.md and compare.png into `output`; returns their paths by ending.
 
     baseline: a backbone's name; None: vgg16 if it takes part, else the first. Raises InputError as training does, for a baseline that
-    doesn't take part, and for a folder whose run had other settings.
+    doesn't take part, a seed given twice, and a folder whose run had other settings.
     """
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if twice:
+        raise InputError(f"--seeds names {', '.join(map(str, twice))} more than once, which is one run, not two; give each seed once")
     labels = [one.label for one in contenders]
     base = _baseline(baseline, labels)
     planned = [
@@ -165,7 +169,8 @@ def format_comparison(content: dict[str, Any]) -> str:
     lines += [f"| backbone | weights | seeds | {metric} of each | mean | spread (max − min) | gain over {baseline} |", "| --- " * 7 + "|"]
     for label, row in content["backbones"].items():
         each, seeds = ", ".join(f"{100 * value:.1f}" for value in row["values"]), ", ".join(map(str, row["seeds"]))
-        figures = f"{100 * row['mean']:.1f} | {100 * row['spread']:.1f} | {100 * row['gain']:+.1f}"
+        spread = "–" if row["spread"] is None else f"{100 * row['spread']:.1f}"
+        figures = f"{100 * row['mean']:.1f} | {spread} | {100 * row['gain']:+.1f}"
         lines.append(f"| {label} | {row['weights']} | {seeds} | {each} | {figures} |")
     lines += [f"\n{label} alone: {' '.join(row['own'])}" for label, row in content["backbones"].items() if row["own"]]
     share = f"{100 * content['level']:.0f} % of {content['resamples']} draws of the test images"
@@ -205,7 +210,7 @@ def _row(group: Sequence[Run], metric: str) -> dict[str, Any]:
         "seeds": [run.seed for run in group],
         "values": values,
         "mean": float(np.mean(values)),
-        "spread": max(values) - min(values),
+        "spread": max(values) - min(values) if len(values) > 1 else None,  # one run says nothing of others
         "folders": [str(run.folder) for run in group],
     }
 
@@ -221,10 +226,8 @@ def _pairs(of: dict[str, list[Run]], resamples: int) -> list[dict[str, Any]]:
 
 def _drawn(verdicts: Sequence[Verdicts], resamples: int, seed: int) -> np.ndarray:
     """(1 + resamples,) the mean over runs of their figure: on all images, then on each draw; the draws are the seed's alone."""
-    images, draw = verdicts[0].images, np.random.default_rng(seed)
-    times = [np.ones(images, dtype=np.int64)]
-    times += [np.bincount(draw.integers(0, images, images), minlength=images) for _ in range(resamples)]
-    return np.array([np.mean([mean_ap(one, count) for one in verdicts]) for count in times])
+    times = draws(verdicts[0].images, resamples=resamples, seed=seed)
+    return np.mean([mean_aps(one, times) for one in verdicts], axis=0)
 
 
 def _gain(first: np.ndarray, second: np.ndarray) -> tuple[Interval, float]:

@@ -12,7 +12,7 @@ from detection.config import RunConfig
 from detection.data.source import Source
 from detection.draw import draw_detections, save_image
 from detection.evaluation.report.report import report_records, run_name
-from detection.evaluation.results import Record, write_metrics, write_results
+from detection.evaluation.results import Record, metrics_text, write_metrics, write_results
 from detection.train_state import TrainState
 from detection.validate import Validator
 from resbackbone.backbone import Backbone
@@ -93,14 +93,21 @@ def log_step(log: RunLog, state: TrainState, losses: dict[str, Tensor], *, lr: f
 
 
 def finish(state: TrainState, validator: Validator, output: Path, log: RunLog, *, samples: int, report: bool) -> Path:
-    """Write the last checkpoint, model_final.safetensors, eval/, samples/ and, where asked for, report/; returns the weights' path."""
+    """Write the last checkpoint, model_final.safetensors, eval/, samples/ and, where asked for, report/; returns the weights' path.
+
+    A run that died after its last evaluation, before these were written, has lost its detections: it evaluates again.
+    """
+    is_lost = distributed.is_main() and not validator.records and not is_written(output, state.metrics, report=report)
+    if distributed.any_process(is_lost):
+        log.message(f"eval/ lacks the evaluation of step {state.step}; evaluating again")
+        state.metrics = validator.evaluate(state.evaluated_model)
     state.save()
     weights = output / "model_final.safetensors"
     if distributed.is_main():
         save_weights(weights, state.evaluated_model.state_dict(), state.metadata)
         if validator.records:  # empty where a finished run was resumed: its files are there already
-            write_evaluation(output, validator.source, validator.records, state.metrics)
             draw_samples(output / "samples", validator.source, validator.records, count=samples)
+            write_evaluation(output, validator.source, validator.records, state.metrics)
             if report:
                 options = {"figures": state.metrics, "engine": validator.engine}
                 page = report_records(output / "report", validator.source, validator.records, name=run_name(output), **options)
@@ -108,6 +115,13 @@ def finish(state: TrainState, validator: Validator, output: Path, log: RunLog, *
         log.message(f"weights: {weights}")
     distributed.barrier()
     return weights
+
+
+def is_written(output: Path, metrics: dict[str, float], *, report: bool) -> bool:
+    """Whether the files of the evaluation with these figures are there: metrics.json, written after samples/, holds them."""
+    figures, others = output / "eval" / "metrics.json", ["eval/detections.json", *(["report/index.html"] if report else [])]
+    is_ours = figures.is_file() and figures.read_text() == metrics_text(metrics)
+    return is_ours and all((output / name).is_file() for name in others)
 
 
 def write_evaluation(output: Path, source: Source, records: list[Record], metrics: dict[str, float]) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from detection.config import load_detection_config
 from detection.paper_tables import DATA, JOBS, TABLES, Cell, PaperTable
 from resbackbone.errors import InputError, nearest
+from resbackbone.weights.torchvision import WEIGHTS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 Runner = Callable[[list[str]], int]
@@ -141,12 +143,32 @@ def _missing(table: PaperTable, jobs: list[str], places: Places) -> Iterator[str
         if lacking:
             yield f"Data that isn't here: {lacking[0]}{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}. How to get it:"
             yield f"  {DATA[key].how.format(data=places.data)}"
+    for name, (url, file) in _missing_weights(undone, places).items():
+        yield f"ImageNet weights of {name} that aren't here: training downloads {url}; without a network, put that file at {file}"
     reasons = dict.fromkeys(cell.why_not for row in table.rows.values() for cell in row if cell.why_not and cell.paper is not None)
     for reason in reasons:
         labels = [
             label.strip() for label, row in table.rows.items() if any(cell.why_not == reason and cell.paper is not None for cell in row)
         ]
         yield f"Of the paper alone ({', '.join(labels)}): {reason}."
+
+
+def _missing_weights(jobs: list[str], places: Places) -> dict[str, tuple[str, Path]]:
+    """The torchvision backbones that jobs start from and that aren't in torch.hub's folder: where each comes from, and where it belongs."""
+    from torch.hub import get_dir
+    from torchvision.models import get_model_weights
+
+    missing = {}
+    for words in (places.command(job) for job in jobs if JOBS[job].tool == "train_det"):
+        if not (CHECKOUT / words[2]).is_file():  # the package alone is installed: no command of these can run
+            continue
+        model = load_detection_config(CHECKOUT / words[2], words[3 : words.index("--output")]).model
+        if model.weights is None and model.backbone.weights == "torchvision":
+            url = get_model_weights(model.backbone.name)[WEIGHTS].url
+            file = Path(get_dir()) / "checkpoints" / url.rpartition("/")[2]
+            if not file.is_file():
+                missing[model.backbone.name] = (url, file)
+    return missing
 
 
 def _keys(metric: str, content: dict) -> list[str]:

@@ -33,20 +33,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     from detection.evaluation.coco import format_coco, format_run
-    from detection.evaluation.report.report import evaluate_coco_files, print_evaluation
+    from detection.evaluation.report.report import evaluate_coco_files, print_places
 
     places = {"output": args.output, "report": args.report, "compare": args.compare}
     if args.weights:
         from detection.predict import resolve_configs
         from detection.score import evaluate_weights
 
-        overrides = [*([f"eval.engine={args.engine}"] if args.engine else []), *args.overrides]
-        lines = format_run(evaluate_weights(resolve_configs(args.config, args.weights, overrides), args.weights, **places))
+        given = [*([f"eval.engine={args.engine}"] if args.engine else []), *args.overrides]
+        evaluate_weights(resolve_configs(args.config, args.weights, given), args.weights, show=lambda one: print(format_run(one)), **places)
     else:
         kind, engine = args.iou_type or "bbox", args.engine or "auto"
-        files = {"annotations": args.annotations, "detections": args.detections, "images": args.images}
-        lines = format_coco(evaluate_coco_files(iou_type=kind, engine=engine, **files, **places), iou_type=kind)
-    print_evaluation(lines, output=args.output, report=args.report)
+        places |= {"annotations": args.annotations, "detections": args.detections, "images": args.images}
+        evaluate_coco_files(iou_type=kind, engine=engine, show=lambda one: print(format_coco(one, iou_type=kind)), **places)
+    print_places(output=args.output, report=args.report)
 
 
 def main(argv: list[str] | None = None) -> int:

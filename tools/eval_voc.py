@@ -31,18 +31,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from detection.evaluation.report.report import evaluate_voc_files, print_evaluation
+    from detection.evaluation.report.report import evaluate_voc_files, print_places
     from detection.evaluation.voc import format_voc
 
-    places = {"output": args.output, "report": args.report, "compare": args.compare}
+    def show(figures: dict[str, float]) -> None:
+        print(format_voc(figures, iou=args.iou))
+
+    places = {"output": args.output, "report": args.report, "compare": args.compare, "show": show}
     if args.weights:
         from detection.predict import resolve_configs
         from detection.score import evaluate_weights
 
-        figures = evaluate_weights(resolve_configs(args.config, args.weights, args.overrides), args.weights, **places)
+        evaluate_weights(resolve_configs(args.config, args.weights, args.overrides), args.weights, metric="voc", **places)
     else:
-        figures = evaluate_voc_files(args.devkit, args.image_set, args.detections, iou=args.iou, **places)
-    print_evaluation(format_voc(figures, iou=args.iou), output=args.output, report=args.report)
+        evaluate_voc_files(args.devkit, args.image_set, args.detections, iou=args.iou, **places)
+    print_places(output=args.output, report=args.report)
 
 
 def main(argv: list[str] | None = None) -> int:

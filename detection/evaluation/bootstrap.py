@@ -151,7 +151,12 @@ def compare_aps(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -
 
 def mean_ap(verdicts: Verdicts, times: np.ndarray) -> float:
     """The figure with image i counted times[i] times, (images,) whole numbers; 0 where no object is left."""
-    return float(_means(class_aps(verdicts, times[None]))[0])
+    return float(mean_aps(verdicts, times[None])[0])
+
+
+def mean_aps(verdicts: Verdicts, times: np.ndarray) -> np.ndarray:
+    """(N,) the same for each row of times, (N, images)."""
+    return _means(class_aps(verdicts, times))
 
 
 def _means(aps: np.ndarray) -> np.ndarray:

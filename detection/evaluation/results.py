@@ -82,8 +82,13 @@ def write_results(path: Path, source: Source, records: Iterable[Record]) -> None
 def write_metrics(output: Path, metrics: dict[str, float]) -> Path:
     """Write `output`/eval/metrics.json; returns its path."""
     path = output / "eval" / "metrics.json"
-    write_atomically(path, (json.dumps(metrics, indent=2) + "\n").encode())
+    write_atomically(path, metrics_text(metrics).encode())
     return path
+
+
+def metrics_text(metrics: dict[str, float]) -> str:
+    """What eval/metrics.json holds of these figures."""
+    return json.dumps(metrics, indent=2) + "\n"
 
 
 def encode_masks(masks: Iterable[np.ndarray]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from literal_steps import tiny_detector, tiny_images
 from safetensors.torch import load_file
 
+from detection import alternating
 from detection.alternating import HalfRCNN, train_alternating
 from detection.config import DetectionConfig, load_detection_config
 from detection.structures import Target
@@ -86,6 +87,37 @@ def test_a_stopped_training_goes_on_in_its_step(run: Path, tiny_coco: Path, tmp_
     assert (copy / "step_2/model_final.safetensors").stat().st_mtime_ns == before
     found = load_file(copy / "model_final.safetensors")
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+
+
+def _finished_steps(run: Path, copy: Path) -> Path:
+    for number in (1, 2, 3):
+        shutil.copytree(run / f"step_{number}", copy / f"step_{number}")
+    return copy
+
+
+@pytest.mark.parametrize("change", ["train.lr=0.5", "train.steps=3", "model.test.context=true", "data.flip=false"])
+def test_finished_steps_of_other_settings_are_not_taken(run: Path, tiny_coco: Path, tmp_path: Path, change: str) -> None:
+    copy = _finished_steps(run, tmp_path / "copy")
+    config = load_detection_config(None, [f"data.root={tiny_coco}", *TINY, change])
+    with pytest.raises(InputError, match=rf"step_1 holds a finished step with other settings: {change.partition('=')[0]}: .* → .*--output"):
+        train_alternating(config, copy, resume="auto")
+    assert not (copy / "checkpoints").exists()
+
+
+def test_settings_without_weight_may_change(run: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    copy = _finished_steps(run, tmp_path / "copy")
+    changes = ["eval.samples=1", "eval.report=true", "train.log_every=1", "model.test.score_threshold=0.01"]
+    train_alternating(load_detection_config(None, [f"data.root={tiny_coco}", *TINY, *changes]), copy, resume="auto")
+    wanted, found = (load_file(folder / "model_final.safetensors") for folder in (run, copy))
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+
+
+def test_half_detectors_are_neither_drawn_nor_reported(tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(alternating, "train", lambda config, folder, **options: ran.append((folder.name, config.eval)))
+    config = load_detection_config(None, [f"data.root={tiny_coco}", *TINY, "eval.samples=3", "eval.report=true"])
+    train_alternating(config, tmp_path / "run")
+    assert [(name, one.samples, one.report) for name, one in ran] == [*((f"step_{n}", 0, False) for n in (1, 2, 3)), ("run", 3, True)]
 
 
 def test_one_checkpoint_cannot_resume_four_runs(tiny_coco: Path, tmp_path: Path) -> None:

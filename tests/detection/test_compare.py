@@ -15,7 +15,7 @@ from detection import compare as compare_module
 from detection.compare import Contender, compare, paired_gain, parse_contenders
 from detection.config import DetectionConfig, load_detection_config
 from detection.data.shapes import load
-from detection.evaluation.bootstrap import coco_verdicts
+from detection.evaluation.bootstrap import coco_verdicts, mean_ap
 from detection.evaluation.coco import evaluate_coco
 from resbackbone.errors import InputError
 from resbackbone.runtime.config import save_config
@@ -158,6 +158,25 @@ def test_a_run_of_other_settings_is_not_taken(trained: list, recipe: Path, tmp_p
     compare(recipe, contenders, tmp_path / "out", seeds=[0], log=lambda text: None)
     with pytest.raises(InputError, match=r"seed_0 holds a run with other settings: train.lr: .*Give another --output"):
         compare(recipe, contenders, tmp_path / "out", seeds=[0], overrides=["train.lr=0.5"], log=lambda text: None)
+
+
+def test_one_run_has_no_spread_and_does_not_count_twice(trained: list, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ["--config", str(recipe), "--backbones", "resnet18", "vgg16", "--output", str(tmp_path / "out")]
+    assert compare_backbones.main([*given, "--seeds", "0", "3", "0"]) == 1
+    assert "--seeds names 0 more than once" in capsys.readouterr().err
+    assert trained == []
+    assert compare_backbones.main([*given, "--seeds", "0"]) == 0
+    assert [row["spread"] for row in json.loads((tmp_path / "out/compare.json").read_text())["backbones"].values()] == [None, None]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | None | 0 | " in line]
+    assert [row[5] for row in rows] == ["–", "–"]
+
+
+def test_draws_judged_together_are_those_judged_alone(truth: dict) -> None:
+    verdicts = [coco_verdicts(truth, detections_of(truth, seed, 0.6)) for seed in (0, 1)]
+    found, draw = compare_module._drawn(verdicts, 250, 7), np.random.default_rng(7)
+    times = [np.ones(IMAGES, dtype=np.int64)]
+    times += [np.bincount(draw.integers(0, IMAGES, IMAGES), minlength=IMAGES) for _ in range(250)]
+    assert found == pytest.approx([np.mean([mean_ap(one, count) for one in verdicts]) for count in times], abs=1e-12)
 
 
 def test_baselines_and_names() -> None:

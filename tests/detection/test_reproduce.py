@@ -166,6 +166,20 @@ def test_without_coco_the_fine_tuning_waits(places: Places) -> None:
     assert ran == ["voc_vgg16", "voc_resnet101"]
 
 
+def test_weights_that_jobs_start_from_are_named(places: Places, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    text = reproduce("table10", places)
+    assert (
+        f"training downloads https://download.pytorch.org/models/vgg16-397923af.pth; without a network, put that file at {folder}" in text
+    )
+    assert text.count("ImageNet weights of") == 2  # four jobs, two networks
+    folder.mkdir(parents=True)
+    (folder / "vgg16-397923af.pth").touch()
+    assert [line.split()[3] for line in reproduce("table10", places).splitlines() if "weights of" in line] == ["resnet101"]
+    assert "ImageNet weights" not in reproduce("table6", places)  # learns from nothing
+
+
 def test_running_without_data_runs_nothing(places: Places) -> None:
     def runner(words: list[str]) -> int:
         raise AssertionError(words)

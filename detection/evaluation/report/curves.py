@@ -60,7 +60,7 @@ def confusions(arrays: CocoArrays, errors: Errors, *, threshold: float) -> dict[
     """How often an object of one class was taken for another by detections of at least `threshold`, {(object, detection): times}.
 
     Right detections have their objects; each other one, surest first, takes the free object it overlaps most, if by half. K stands for
-    nothing: (label, K) is a missed object, (K, label) a detection where no free object is. Crowds and what lies in them are left out.
+    nothing: (label, K) is an object not found, (K, label) a detection where no free object is. Crowds and what lies in them are left out.
     """
     nothing, is_sure = len(arrays.category_ids), arrays.score >= threshold
     is_right = is_sure & (errors.kind == RIGHT)

@@ -19,7 +19,8 @@ SIDE_PX = 360  # the longer side of a thumbnail
 JPEG_QUALITY = 72
 MOST_IMAGES = 240
 MOST_BYTES = 10_000_000  # of thumbnails; images after that are drawn without
-MOST_BOXES = 60  # of an image, the surest
+MOST_WRONG = 60  # boxes of an image, the surest; right ones are always there, as without them their objects would look not found
+LEAST_SCORE = 0.05  # the page's slider goes no lower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +36,16 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """(I,) each: right detections, wrong ones and missed objects of an image at a threshold."""
+    """(I,) each: right detections, wrong ones, and objects without a right one, of an image at a threshold."""
 
     right: np.ndarray
     wrong: np.ndarray
-    missed: np.ndarray
+    unfound: np.ndarray
 
     @property
     def quality(self) -> np.ndarray:
-        """(I,) right / (right + wrong + missed); 1 where there was nothing to find and nothing was claimed."""
-        total = self.right + self.wrong + self.missed
+        """(I,) right / (right + wrong + unfound); 1 where there was nothing to find and nothing was claimed."""
+        total = self.right + self.wrong + self.unfound
         return np.where(total > 0, self.right / np.maximum(total, 1), 1.0)
 
 
@@ -54,14 +55,14 @@ def tally(arrays: CocoArrays, errors: Errors, *, threshold: float) -> Tally:
     right = np.bincount(arrays.image[is_sure & (errors.kind == RIGHT)], minlength=images)
     wrong = np.bincount(arrays.image[is_sure & (errors.kind >= 0)], minlength=images)
     objects = np.bincount(arrays.object_image[~arrays.object_crowd], minlength=images)
-    return Tally(right=right, wrong=wrong, missed=objects - right)
+    return Tally(right=right, wrong=wrong, unfound=objects - right)
 
 
 def choose_images(arrays: CocoArrays, errors: Errors, counts: Tally, *, most: int = MOST_IMAGES) -> np.ndarray:
     """Up to `most` image positions, worst first: half the worst, a quarter the best, the rest the surest errors of every class and kind."""
     if len(arrays.image_ids) <= most:
-        return np.lexsort((-(counts.wrong + counts.missed), counts.quality))
-    worst = np.lexsort((-(counts.wrong + counts.missed), counts.quality))
+        return np.lexsort((-(counts.wrong + counts.unfound), counts.quality))
+    worst = np.lexsort((-(counts.wrong + counts.unfound), counts.quality))
     best = np.lexsort((-counts.right, -counts.quality))
     wanted = dict.fromkeys([*worst[: most // 2].tolist(), *best[: most // 4].tolist()])
     for one in _telling(arrays, errors):
@@ -99,8 +100,13 @@ def describe_image(arrays: CocoArrays, position: int) -> dict[str, Any]:
 
 
 def describe_found(arrays: CocoArrays, errors: Errors, counts: Tally, position: int) -> dict[str, Any]:
-    """What a run found in an image: [x, y, width, height, label, score, kind, position of its object in the image or -1], surest first."""
-    mine = np.flatnonzero((arrays.image == position) & (errors.kind != IGNORED))[:MOST_BOXES]
+    """What a run found in an image: [x, y, width, height, label, score, kind, position of its object in the image or -1], surest first.
+
+    cut: the scores of wrong ones left out, so that they count; missed: the positions of objects that count as missed; counts: the tally.
+    """
+    mine = np.flatnonzero((arrays.image == position) & (errors.kind != IGNORED))
+    is_cut = (errors.kind[mine] != RIGHT) & (np.cumsum(errors.kind[mine] != RIGHT) > MOST_WRONG)
+    cut, mine = mine[is_cut], mine[~is_cut]
     objects = np.flatnonzero(arrays.object_image == position)
     target = np.where(errors.target[mine] >= 0, np.searchsorted(objects, errors.target[mine]), -1).tolist()
     columns = (arrays.box[mine].round(1).tolist(), arrays.label[mine].tolist(), arrays.score[mine].round(4).tolist())
@@ -109,7 +115,9 @@ def describe_found(arrays: CocoArrays, errors: Errors, counts: Tally, position: 
             [*box, label, score, kind, place]
             for box, label, score, kind, place in zip(*columns, errors.kind[mine].tolist(), target, strict=True)
         ],
-        "counts": [int(counts.right[position]), int(counts.wrong[position]), int(counts.missed[position])],
+        "cut": [score for score in arrays.score[cut].round(4).tolist() if score >= LEAST_SCORE],
+        "missed": np.flatnonzero(errors.missed[objects]).tolist(),
+        "counts": [int(counts.right[position]), int(counts.wrong[position]), int(counts.unfound[position])],
     }
 
 

@@ -12,7 +12,7 @@ const MEANINGS = {
   both: 'the wrong class, and badly placed',
   duplicate: 'an object found once more (a surer detection has it)',
   background: 'nothing is there (IoU below 0.1 with every object)',
-  missed: 'an object that nobody found, nor tried to with the wrong class or place',
+  missed: 'an object that nobody found at any score, nor tried to with the wrong class or place',
 };
 const choice = {cls: ALL, kind: ANY, order: 'worst', threshold: 0.5, shown: PAGE, confusionRun: 0, sort: {key: 'objects', down: true}, open: -1};
 
@@ -207,7 +207,7 @@ function drawClasses() {
 const MOST_CLASSES = 60;
 function drawConfusion() {
   const run = runs[choice.confusionRun], cells = run.confusion, label = cls => cls === K ? 'nothing' : data.classes[cls];
-  byId('confusion-note').textContent = `Detections scored ${number(run.threshold, 2)} or more, IoU 0.5. A row is what was there, a column what it was called; the last row is claims where nothing was, the last column what was missed.`;
+  byId('confusion-note').textContent = `Detections scored ${number(run.threshold, 2)} or more, IoU 0.5. A row is what was there, a column what it was called; the last row is claims where nothing was, the last column what was not found at that score.`;
   byId('confusion-run').replaceChildren(two ? el('p', {}, runs.map((one, i) => el('button', {type: 'button', 'aria-pressed': String(i === choice.confusionRun), onclick: () => choose({confusionRun: i})}, one.name))) : '');
   const counts = new Map(cells.map(([there, called, times]) => [there * (K + 1) + called, times]));
   const totals = new Array(K + 1).fill(0);
@@ -216,10 +216,10 @@ function drawConfusion() {
   shown.sort((a, b) => totals[b] - totals[a]);
   const left = shown.splice(MOST_CLASSES).length, order = shown.sort((a, b) => a - b);
   order.push(K);
-  const head = el('tr', {}, el('td'), order.map(cls => el('th', {scope: 'col', title: label(cls)}, el('span', {}, cls === K ? 'missed' : label(cls)))));
+  const head = el('tr', {}, el('td'), order.map(cls => el('th', {scope: 'col', title: label(cls)}, el('span', {}, cls === K ? 'not found' : label(cls)))));
   const rows = order.map(there => el('tr', {}, el('th', {scope: 'row', title: label(there)}, label(there)), order.map(called => {
     const times = counts.get(there * (K + 1) + called) || 0, share = totals[there] ? times / totals[there] : 0;
-    return el('td', times ? {class: share > 0.55 ? 'strong' : null, style: `background:rgba(var(--heat),${(0.06 + 0.94 * share).toFixed(3)})`, title: `${label(there)}, called ${called === K ? 'nothing (missed)' : label(called)}: ${times} times, ${(100 * share).toFixed(0)} % of the row`} : {}, times ? whole(times) : '');
+    return el('td', times ? {class: share > 0.55 ? 'strong' : null, style: `background:rgba(var(--heat),${(0.06 + 0.94 * share).toFixed(3)})`, title: `${label(there)}, called ${called === K ? 'nothing (not found)' : label(called)}: ${times} times, ${(100 * share).toFixed(0)} % of the row`} : {}, times ? whole(times) : '');
   })));
   byId('matrix').replaceChildren(el('table', {}, el('caption', {class: 'quiet'}, left ? `The ${MOST_CLASSES} most frequent classes; ${left} more are in the list only` : ''), el('thead', {}, head), el('tbody', {}, rows)));
   const top = cells.filter(([there, called]) => there !== called && there !== K && called !== K).sort((a, b) => b[2] - a[2]).slice(0, 15);
@@ -232,22 +232,24 @@ function drawConfusion() {
 function judge(image, run) {
   // What of one run in one image stands at the chosen score, and what the filters ask for.
   const found = image.runs[run].found.filter(box => box[5] >= choice.threshold), taken = new Set(found.filter(box => box[6] === RIGHT).map(box => box[7]));
-  const missed = image.objects.map((_, i) => i).filter(i => !image.objects[i][5] && !taken.has(i));
-  const right = found.filter(box => box[6] === RIGHT).length, wrong = found.length - right, total = right + wrong + missed.length;
+  // Without a right box at this score: not found. Missed is what the errors above count: at no score did anything take it or stand for it.
+  const unfound = image.objects.map((_, i) => i).filter(i => !image.objects[i][5] && !taken.has(i)), cut = image.runs[run].cut.filter(score => score >= choice.threshold);
+  const right = found.filter(box => box[6] === RIGHT).length, wrong = found.length - right + cut.length, total = right + wrong + unfound.length;
   const isOf = box => choice.cls === ALL || box[4] === choice.cls || (box[7] >= 0 && image.objects[box[7]][4] === choice.cls);
   const wanted = found.filter(box => isOf(box) && (choice.kind === ANY || (choice.kind === PERFECT ? box[6] === RIGHT : box[6] === choice.kind)));
-  const lost = choice.kind === ANY || choice.kind === MISSED ? missed.filter(i => choice.cls === ALL || image.objects[i][4] === choice.cls) : [];
-  return {found, missed, right, wrong, quality: total ? right / total : 1, wanted, lost};
+  const missed = image.runs[run].missed, asked = choice.kind === ANY ? unfound : choice.kind === MISSED ? missed : [];
+  const lost = asked.filter(i => choice.cls === ALL || image.objects[i][4] === choice.cls);
+  return {found, unfound, missed, right, wrong, quality: total ? right / total : 1, wanted, lost};
 }
 
 function chosenImages() {
   const all = data.images.map((image, index) => ({image, index, verdicts: runs.map((_, run) => judge(image, run))}));
   const kept = all.filter(({image, verdicts}) => {
-    if (choice.kind === PERFECT) return verdicts.every(one => !one.wrong && !one.missed.length) && (choice.cls === ALL || image.objects.some(object => object[4] === choice.cls));
+    if (choice.kind === PERFECT) return verdicts.every(one => !one.wrong && !one.unfound.length) && (choice.cls === ALL || image.objects.some(object => object[4] === choice.cls));
     if (choice.kind === ANY) return choice.cls === ALL || verdicts.some(one => one.wanted.length || one.lost.length) || image.objects.some(object => object[4] === choice.cls);
     return verdicts.some(one => one.wanted.length || one.lost.length);
   });
-  const bad = one => one.wrong + one.missed.length, surest = one => Math.max(0, ...one.wanted.filter(box => box[6] !== RIGHT).map(box => box[5]));
+  const bad = one => one.wrong + one.unfound.length, surest = one => Math.max(0, ...one.wanted.filter(box => box[6] !== RIGHT).map(box => box[5]));
   const orders = {
     worst: (a, b) => a[0].quality - b[0].quality || bad(b[0]) - bad(a[0]),
     best: (a, b) => b[0].quality - a[0].quality || b[0].right - a[0].right,
@@ -271,8 +273,8 @@ function picture(image, verdict, name, [shownWidth, shownHeight, letters]) {
   else parts.push(el('text', {class: 'blank-note', x: width / 2, y: height / 2, 'text-anchor': 'middle', style: `font-size:${font * 0.9}px`}, image.note.length > 44 ? 'no picture' : image.note, el('title', {}, image.note)));
   const sought = new Set(verdict.wanted.map(box => box[7]));
   if (byId('draw-truth').checked) image.objects.forEach((object, i) => {
-    const lost = verdict.missed.includes(i), dim = filtered && !verdict.lost.includes(i) && !sought.has(i);
-    parts.push(boxNodes(object, object[5] ? 'crowd' : lost ? 'missed' : 'truth', dim, lost ? data.classes[object[4]] : '', font));
+    const lost = verdict.unfound.includes(i), dim = filtered && !verdict.lost.includes(i) && !sought.has(i);
+    parts.push(boxNodes(object, object[5] ? 'crowd' : lost ? 'unfound' : 'truth', dim, lost ? data.classes[object[4]] : '', font));
   });
   [...verdict.found].reverse().forEach(box => {
     if (!byId(box[6] === RIGHT ? 'draw-right' : 'draw-wrong').checked) return;
@@ -281,7 +283,7 @@ function picture(image, verdict, name, [shownWidth, shownHeight, letters]) {
   return el('svg', {class: 'picture', viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': `${name}: ${counted(verdict)}`}, parts);
 }
 
-const counted = verdict => `${verdict.right} right, ${verdict.wrong} wrong, ${verdict.missed.length} missed`;
+const counted = verdict => `${verdict.right} right, ${verdict.wrong} wrong, ${verdict.unfound.length} not found`;
 let listed = [];
 
 function drawImages() {
@@ -312,7 +314,7 @@ function drawViewer() {
     image.note ? el('p', {class: 'quiet'}, image.note) : null,
     el('table', {}, el('thead', {}, el('tr', {}, ['Detection', 'Score', 'Verdict'].map(text => el('th', {scope: 'col'}, text)))), el('tbody', {},
       verdict.found.map(box => row([data.classes[box[4]], box[5].toFixed(3), box[6] === RIGHT ? 'right' : data.kinds[box[6]] + (box[6] === 0 && box[7] >= 0 ? ` (a ${data.classes[image.objects[box[7]][4]]})` : '')])),
-      verdict.missed.map(place => row([data.classes[image.objects[place][4]], '–', 'missed']))))))));
+      verdict.unfound.map(place => row([data.classes[image.objects[place][4]], '–', verdict.missed.includes(place) ? 'missed' : 'not found at this score']))))))));
 }
 
 function drawControls() {
@@ -324,10 +326,10 @@ function drawControls() {
   byId('threshold').addEventListener('input', event => choose({threshold: Number(event.target.value)}));
   ['truth', 'right', 'wrong', 'names'].forEach(name => byId(`draw-${name}`).addEventListener('change', drawImages));
   byId('more').addEventListener('click', () => { choice.shown += PAGE; drawImages(); });
-  byId('legend').append(...[['truth', 'object'], ['missed', 'missed object'], ['crowd', 'crowd or difficult'], ['right', 'right'], ...data.kinds.slice(0, 5).map(name => [name, name])].map(([kind, text]) => {
+  byId('legend').append(...[['truth', 'object'], ['unfound', 'object not found at this score'], ['crowd', 'crowd or difficult'], ['right', 'right'], ...data.kinds.slice(0, 5).map(name => [name, name])].map(([kind, text]) => {
     const sample = el('span', {}, el('i', {}), text);
-    sample.firstChild.style.borderColor = {truth: '#8b93a1', missed: '#d9c322', crowd: '#8b93a1', right: '#2fd39b', classification: '#ff8fce', localisation: '#ffb52e', both: '#ff6a3d', duplicate: '#5ec8ff', background: '#a3abff'}[kind];
-    sample.firstChild.style.borderStyle = ['truth', 'missed', 'crowd'].includes(kind) ? 'dashed' : 'solid';
+    sample.firstChild.style.borderColor = {truth: '#8b93a1', unfound: '#d9c322', crowd: '#8b93a1', right: '#2fd39b', classification: '#ff8fce', localisation: '#ffb52e', both: '#ff6a3d', duplicate: '#5ec8ff', background: '#a3abff'}[kind];
+    sample.firstChild.style.borderStyle = ['truth', 'unfound', 'crowd'].includes(kind) ? 'dashed' : 'solid';
     return sample;
   }));
   byId('meanings').append(...data.kinds.flatMap(name => [el('dt', {}, el('i', {class: 'dot', style: `background:var(--${name})`}), name), el('dd', {}, MEANINGS[name])]));

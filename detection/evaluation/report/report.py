@@ -25,6 +25,7 @@ from detection.evaluation.voc_files import annotated_images
 from resbackbone.errors import InputError
 
 Rows = Sequence[dict[str, Any]]
+Show = Callable[[dict[str, float]], None]
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -48,23 +49,26 @@ def evaluate_coco_files(
     report: Path | None = None,
     images: Path | None = None,
     compare: Path | None = None,
+    show: Show = lambda figures: None,
 ) -> dict[str, float]:
     """`evaluate_coco`, and what it leaves: output/eval/metrics.json and, of boxes, the page report/index.html (else output/report's).
 
     images: the folder that the annotations' file names are in; without it boxes are drawn on blanks. compare: other detections, or the
-    folder of a run. Raises InputError for what is wrong in any of them.
+    folder of a run. show: is given the figures before anything is written. Raises InputError for what is wrong in any of them.
     """
     folder = report_folder(report, output, compare=compare)
     if iou_type != "bbox":
         if report is not None or compare is not None:
             raise InputError(f"a report shows boxes, not {iou_type}; leave --report and --compare out, or take --iou-type bbox")
         folder = None
+    pictures = None if folder is None else _listed_pictures(annotations, images)
+    other = None if compare is None else _coco_run(annotations, compare, engine)
     figures = evaluate_coco(annotations, detections, iou_type=iou_type, engine=engine)
+    show(figures)
     if output is not None:
         write_metrics(output, figures)
-    if folder is not None:
-        runs = [_coco_run(annotations, detections, engine), *([_coco_run(annotations, compare, engine)] if compare else [])]
-        write_report(folder, runs[0], pictures=_listed_pictures(annotations, images), other=runs[-1] if compare else None)
+    if folder is not None and pictures is not None:
+        write_report(folder, _coco_run(annotations, detections, engine), pictures=pictures, other=other)
     return figures
 
 
@@ -77,14 +81,17 @@ def evaluate_voc_files(
     output: Path | None = None,
     report: Path | None = None,
     compare: Path | None = None,
+    show: Show = lambda figures: None,
 ) -> dict[str, float]:
     """`evaluate_voc_file`, and the same left; pictures are those of the devkit that are there."""
     folder, source = report_folder(report, output, compare=compare), annotated_images(devkit, image_set)
+    other = None if compare is None else judge_other(source, compare, iou=iou)
     figures = voc_figures(source, detections, iou=iou)
+    show(figures)
     if output is not None:
         write_metrics(output, figures)
     if folder is not None:
-        report_source(folder, source, detections, name=run_name(detections), figures=figures, compare=compare, iou=iou)
+        report_source(folder, source, detections, name=run_name(detections), figures=figures, compare=other, iou=iou)
     return figures
 
 
@@ -101,40 +108,49 @@ def report_source(
     *,
     name: str,
     figures: dict[str, float] | None = None,
-    compare: Path | None = None,
+    compare: Run | None = None,
     iou: float = 0.5,
     engine: Engine = "auto",
 ) -> Path:
     """Write folder/index.html for detections of a split, in COCO's or VOC's results format as source.metric says; returns its path.
 
-    figures: more to show, such as those of masks; compare: other detections of this split, a file or a run's folder; iou: VOC's threshold.
+    figures: more to show, such as those of masks; compare: other detections of this split (see `judge_other`); iou: VOC's threshold.
     Images that can't be read are drawn without. Raises InputError for rows that are wrong.
     """
     run = _source_run(source, detections, name, iou, engine)
     run.figures.update({key: value for key, value in (figures or {}).items() if key not in run.figures})
-    other = None if compare is None else _source_run(source, results_file(compare), run_name(compare), iou, engine)
     annotations, position = source.annotations, {image_id: index for index, image_id in enumerate(coco_image_ids(source))}
     pictures = Pictures(
         names={image_id: annotations.file_name(index) for image_id, index in position.items()},
         sizes={image_id: (int(annotations.sizes[index, 0]), int(annotations.sizes[index, 1])) for image_id, index in position.items()},
         read=lambda image_id: source.read_image(position[image_id]),
     )
-    return write_report(folder, run, pictures=pictures, other=other)
+    return write_report(folder, run, pictures=pictures, other=compare)
+
+
+def judge_other(source: Source, given: Path, *, iou: float = 0.5, engine: Engine = "auto") -> Run:
+    """Other detections of a split, a file or a run's folder, for a report to compare with. Raises InputError for what is wrong in them."""
+    return _source_run(source, results_file(given), run_name(given), iou, engine)
 
 
 def report_folder(report: Path | None, output: Path | None, *, compare: Path | None = None) -> Path | None:
-    """Where a report goes: the folder named for it, else report/ in the output folder, else nowhere. Raises InputError: see `compare`."""
+    """Where a report goes: the folder named for it, else report/ in the output folder, else nowhere.
+
+    Raises InputError for something to compare without a report, and for a file in the folder's place.
+    """
     if compare is not None and report is None and output is None:
         raise InputError(f"--compare {compare} is for the report, and none is written; name its folder with --report")
+    if report is not None and report.exists() and not report.is_dir():
+        raise InputError(f"--report {report}: this is a file; give a folder, which is made if it is not there")
     return report if report is not None or output is None else output / "report"
 
 
-def print_evaluation(lines: str, *, output: Path | None, report: Path | None) -> None:
-    """What a tool prints last: its figures, and where the report and their file are, if there. Of torchrun's processes one prints."""
+def print_places(*, output: Path | None, report: Path | None) -> None:
+    """What a tool prints last: where the report and the file of the figures are, if there. Of torchrun's processes one prints."""
     folder = report_folder(report, output)
     places = {"report": folder and folder / "index.html", "figures": output and output / "eval" / "metrics.json"}
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join([lines, *(f"{name} {path}" for name, path in places.items() if path is not None and path.is_file())]))
+        print(*(f"{name} {path}\n" for name, path in places.items() if path is not None and path.is_file()), sep="", end="")
 
 
 def results_file(given: Path) -> Path:

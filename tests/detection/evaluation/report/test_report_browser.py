@@ -13,7 +13,7 @@ from headless import Page, chromium, find_chromium
 from report_cases import noisy_records, shapes
 
 from detection.evaluation.report.page import page as fill_page
-from detection.evaluation.report.report import report_records
+from detection.evaluation.report.report import judge_other, report_records
 from detection.evaluation.results import write_results
 
 READY = "document.documentElement.dataset.ready"
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, source = tmp_path_factory.mktemp("reports"), shapes(60)
     report_records(folder / "one", source, noisy_records(source), name="one")
     write_results(folder / "second" / "eval" / "detections.json", source, noisy_records(source, seed=1, noise=0.1))
-    report_records(folder / "two", source, noisy_records(source), name="first", compare=folder / "second")
+    report_records(folder / "two", source, noisy_records(source), name="first", compare=judge_other(source, folder / "second"))
     return folder
 
 
@@ -75,14 +75,13 @@ def expected_images(data: dict[str, Any], *, kind: int | None = None, label: int
     threshold, names = math.floor(data["runs"][0]["threshold"] * 100) / 100, set()
     for image in data["images"]:
         found = [box for box in image["runs"][0]["found"] if box[5] >= threshold]
-        taken = {box[7] for box in found if box[6] == -1}
         objects = image["objects"]
         for box in found:
             labels = {box[4]} | ({objects[box[7]][4]} if box[7] >= 0 else set())
             if (kind is None or box[6] == kind) and (label is None or label in labels):
                 names.add(image["name"])
         for number, one in enumerate(objects):
-            is_asked = kind is None or (kind == 5 and number not in taken)
+            is_asked = kind is None or (kind == 5 and number in image["runs"][0]["missed"])
             if is_asked and (label is None or one[4] == label):
                 names.add(image["name"])
     return names
@@ -153,7 +152,7 @@ def test_the_threshold_and_the_boxes_to_draw(one: Page) -> None:
     one.click("#draw-right")
     assert one.run(boxes.format("")) == before - right
     one.click("#draw-truth")
-    assert one.run(boxes.format(".truth") + "+" + boxes.format(".missed")) == 0
+    assert one.run(boxes.format(".truth") + "+" + boxes.format(".unfound")) == 0
     one.click("#draw-right")
     one.click("#draw-truth")
     assert one.run(boxes.format("")) == before
@@ -163,13 +162,14 @@ def test_the_threshold_and_the_boxes_to_draw(one: Page) -> None:
     one.run(slide)
     assert text_of(one, "#threshold-value") == "0.95"
     assert one.run(boxes.format(".right")) < right
-    assert one.run(boxes.format(".missed")) > 10
+    assert one.run(boxes.format(".unfound")) > 10
+    assert "not found" in text_of(one, "#grid figcaption span")
 
 
 def test_orders(one: Page) -> None:
     def right_shares() -> list[float]:
         counts = one.run("[...document.querySelectorAll('#grid figcaption span')].map(one => one.textContent.match(/\\d+/g).map(Number))")
-        return [right / max(right + wrong + missed, 1) for right, wrong, missed in counts]
+        return [right / max(right + wrong + unfound, 1) for right, wrong, unfound in counts]
 
     shown(one)
     assert right_shares() == sorted(right_shares())

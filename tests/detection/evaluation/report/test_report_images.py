@@ -20,7 +20,7 @@ from detection.data.voc import scan_images
 from detection.evaluation.coco import evaluate_coco_fully
 from detection.evaluation.coco_matching import coco_arrays
 from detection.evaluation.report import images as report_images
-from detection.evaluation.report.errors import find_errors
+from detection.evaluation.report.errors import MISSED, find_errors
 from detection.evaluation.report.images import choose_images, tally
 from detection.evaluation.report.report import evaluate_coco_files, report_records
 from detection.evaluation.results import coco_results
@@ -130,5 +130,37 @@ def test_image_counts_add_up() -> None:
         arrays = coco_arrays(evaluation.truth, evaluation.numbers)
         counts = tally(arrays, find_errors(arrays), threshold=0.4)
         objects = [sum(one["image_id"] == number and not one["iscrowd"] for one in truth["annotations"]) for number in arrays.image_ids]
-        assert (counts.right + counts.missed).tolist() == objects
-        assert ((counts.quality == 1) == ((counts.wrong == 0) & (counts.missed == 0))).all()
+        assert (counts.right + counts.unfound).tolist() == objects
+        assert ((counts.quality == 1) == ((counts.wrong == 0) & (counts.unfound == 0))).all()
+
+
+def test_right_detections_are_never_left_out_and_wrong_ones_still_count(tmp_path: Path) -> None:
+    """90 surer claims on nothing stand before the two that find the objects."""
+    boxes = [[10.0, 10.0, 20.0, 20.0], [50.0, 50.0, 20.0, 20.0]]
+    truth = {
+        "images": [{"id": 1, "file_name": "a", "width": 400, "height": 400}],
+        "annotations": [
+            {"id": n + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 400, "iscrowd": 0} for n, box in enumerate(boxes)
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    strays = [{"bbox": [100.0 + 3 * n, 300.0, 5.0, 5.0], "score": 0.99 - 0.005 * n} for n in range(90)]
+    found = [*strays, *({"bbox": box, "score": 0.3 - 0.2 * n} for n, box in enumerate(boxes))]
+    rows = [row | {"image_id": 1, "category_id": 1} for row in found]
+    evaluate_coco_files(write_json(tmp_path / "t.json", truth), write_json(tmp_path / "d.json", rows), report=tmp_path)
+    (image,) = data_of(tmp_path)["images"]
+    run = image["runs"][0]
+    kinds = [box[6] for box in run["found"]]
+    assert (kinds.count(-1), len(kinds), len(run["cut"])) == (2, report_images.MOST_WRONG + 2, 90 - report_images.MOST_WRONG)
+    assert {box[7] for box in run["found"] if box[6] == -1} == {0, 1}
+    assert run["missed"] == []
+    assert min(box[5] for box in run["found"] if box[6] != -1) > max(run["cut"])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_missed_objects_of_the_images_are_those_counted(seed: int, tmp_path: Path) -> None:
+    truth, rows = random_case(seed, "bbox")
+    evaluate_coco_files(write_json(tmp_path / "t.json", truth), write_json(tmp_path / "d.json", rows), report=tmp_path)
+    data = data_of(tmp_path)
+    labels = [image["objects"][place][4] for image in data["images"] for place in image["runs"][0]["missed"]]
+    assert [labels.count(number) for number in range(len(data["classes"]))] == data["runs"][0]["count"][MISSED]

@@ -25,6 +25,7 @@ from detection.evaluation.report.errors import MISSED  # noqa: E402
 from detection.evaluation.report.report import (  # noqa: E402
     evaluate_coco_files,
     evaluate_voc_files,
+    judge_other,
     report_records,
     report_source,
     run_name,
@@ -260,7 +261,7 @@ def test_two_runs(tmp_path: Path) -> None:
     source = shapes(30)
     good, bad = noisy_records(source, noise=0.03), noisy_records(source, seed=1, noise=0.12, lost=0.4)
     write_results(tmp_path / "better" / "eval" / "detections.json", source, good)
-    report_records(tmp_path, source, bad, name="worse", compare=tmp_path / "better")
+    report_records(tmp_path, source, bad, name="worse", compare=judge_other(source, tmp_path / "better"))
     _, data = parsed(tmp_path)
     assert [run["name"] for run in data["runs"]] == ["worse", "better"]
     gain, low, high = data["comparison"]["overall"]["AP"]
@@ -271,7 +272,7 @@ def test_two_runs(tmp_path: Path) -> None:
     assert all(len(one["runs"]) == 2 for one in data["images"])
     assert [run["figures"]["AP"] for run in data["runs"]] == pytest.approx(figures, abs=1e-6)
     with pytest.raises(InputError, match=r"there is no eval/detections.json in this folder"):
-        report_records(tmp_path, source, bad, name="worse", compare=tmp_path)
+        judge_other(source, tmp_path)
 
 
 def test_names_of_runs() -> None:
