@@ -1,9 +1,10 @@
 """A training step of ours beside torchvision's, by turns in one process: FPN, frozen batch norm, SGD.
 
-    python benchmarks/bench_train_step.py [--case r18 r50] [--rounds 6] [--threads 2] [--clock cpu|wall]
+    python benchmarks/bench_train_step.py [--case r18 r50] [--rounds 6] [--threads 2] [--clock cpu|wall] [--deterministic]
 
 Cases: r18 is 240×320, batch 4, 20 classes; r50 is 256×384, batch 2, 90 classes; r50_large is 480×720. Contestants: torchvision in plain
-fp32, torchvision in bf16 autocast with channels_last, ours in fp32, ours in bf16 with channels_last. Ratios are of the times of one round,
+fp32, torchvision in bf16 autocast with channels_last, ours in fp32, ours in bf16 with channels_last; with --deterministic also the last
+under `train.deterministic`. Ratios are of the times of one round,
 the peer's over ours. What is equal: backbone, head, anchors, 2000 proposals, 512 regions an image, frozen layers, optimiser, images and
 boxes. Losses are equal in distribution only, since each draws its own samples (tests/detection compares losses and gradients exactly).
 
@@ -30,6 +31,7 @@ from detection.build import build_detector
 from detection.config import load_detection_config
 from detection.structures import Target
 from resbackbone.layers import FrozenBatchNorm2d as OurFrozenBatchNorm2d
+from resbackbone.runtime.random_state import deterministic
 
 Step = Callable[[], None]
 SHRINK = 0.5  # what frozen batch norms multiply by: with 1, random weights would double the signal from block to block
@@ -51,6 +53,7 @@ CASES = {
     "r50": (Setting(backbone="resnet50", size=(256, 384), classes=90), 2),
     "r50_large": (Setting(backbone="resnet50", size=(480, 720), classes=90), 2),
 }
+DETERMINISTIC = "ours bf16, deterministic"
 PAIRS = (("torchvision fp32", "ours fp32"), ("torchvision fp32", "ours bf16"), ("torchvision bf16", "ours bf16"))
 
 
@@ -118,6 +121,16 @@ def contestants(setting: Setting, batch: int) -> dict[str, Step]:
     return steps
 
 
+def repeatable(step: Step) -> Step:
+    """The same step as train.deterministic=true takes it."""
+
+    def run() -> None:
+        with deterministic(True):
+            step()
+
+    return run
+
+
 def timed(step: Step) -> dict[str, float]:
     """Seconds by clock."""
     wall, processor = time.perf_counter(), time.process_time()
@@ -125,9 +138,11 @@ def timed(step: Step) -> dict[str, float]:
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - processor}
 
 
-def report(case: str, rounds: int, clock: str) -> None:
+def report(case: str, rounds: int, clock: str, *, with_deterministic: bool) -> None:
     setting, batch = CASES[case]
     steps = contestants(setting, batch)
+    if with_deterministic:
+        steps[DETERMINISTIC] = repeatable(steps["ours bf16"])
     for step in steps.values():
         step()  # the first step allocates
     both = [{name: timed(step) for name, step in steps.items()} for _ in range(rounds)]
@@ -136,7 +151,7 @@ def report(case: str, rounds: int, clock: str) -> None:
     print(f"{case}: {setting.backbone} FPN, {setting.size[0]}×{setting.size[1]}, batch {batch}, {rounds} rounds")
     for name in steps:
         print(f"  {name}: {statistics.median(one[name] for one in times):.2f} s a step, {busy[name]:.1f} processors busy")
-    for theirs, ours in PAIRS:
+    for theirs, ours in (*PAIRS, *([("ours bf16", DETERMINISTIC)] if with_deterministic else [])):
         ratios = sorted(one[theirs] / one[ours] for one in times)
         print(f"  {ours} against {theirs}: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
 
@@ -147,6 +162,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("cpu", "wall"), help="default: cpu with one thread, wall with more")
+    parser.add_argument("--deterministic", action="store_true", help="also what train.deterministic costs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -154,7 +170,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {options.threads} thread(s), {kind} clock; a ratio above 1: ours is faster")
     print(f"load average before: {os.getloadavg()[0]:.1f}", flush=True)
     for case in options.case:
-        report(case, options.rounds, kind)
+        report(case, options.rounds, kind, with_deterministic=options.deterministic)
 
 
 if __name__ == "__main__":
