@@ -160,8 +160,36 @@ def _ladder(job: str, val: tuple[float, float], test_dev: tuple[float | None, fl
     return (*_coco(job, *val), *_quoted(*test_dev, why=_SERVER))
 
 
-# Table 10's ResNet-101 baseline, class by class.
-_AP_OF_CLASSES = (79.8, 80.7, 76.2, 68.3, 55.9, 85.1, 85.3, 89.8, 56.7, 87.8, 69.4, 88.3, 88.9, 80.9, 78.4, 41.7, 78.6, 79.8, 85.3, 72.0)
+# Table 10, class by class, by the job that gives ours.
+_AP_OF_CLASSES = {
+    "voc_vgg16": (76.5, 79.0, 70.9, 65.5, 52.1, 83.1, 84.7, 86.4, 52.0, 81.9, 65.7, 84.8, 84.6, 77.5, 76.7, 38.8, 73.6, 73.9, 83.0, 72.6),
+    "voc_resnet101": (
+        79.8,
+        80.7,
+        76.2,
+        68.3,
+        55.9,
+        85.1,
+        85.3,
+        89.8,
+        56.7,
+        87.8,
+        69.4,
+        88.3,
+        88.9,
+        80.9,
+        78.4,
+        41.7,
+        78.6,
+        79.8,
+        85.3,
+        72.0,
+    ),
+    "voc_resnet101_from_coco_scales": (
+        *(90.0, 89.6, 87.8, 80.8, 76.1, 89.9, 89.9, 89.6, 75.5, 90.0),
+        *(80.7, 89.6, 90.3, 89.1, 88.7, 65.4, 88.1, 85.6, 89.0, 86.8),
+    ),
+}
 
 TABLES: dict[str, PaperTable] = {
     "table3": PaperTable(
@@ -231,17 +259,17 @@ TABLES: dict[str, PaperTable] = {
     ),
     "table10": PaperTable(
         title="Table 10: mAP on the VOC 2007 test set",
-        columns=("mAP",),
+        columns=("VGG-16", "ResNet-101", "ResNet-101+++"),
         rows={
-            "baseline VGG-16, 07+12": (Cell(paper=73.2, job="voc_vgg16", metric="mAP_11_point"),),
-            "baseline ResNet-101, 07+12": (Cell(paper=76.4, job="voc_resnet101", metric="mAP_11_point"),),
+            "mAP": tuple(
+                Cell(paper=mean, job=job, metric="mAP_11_point") for job, mean in zip(_AP_OF_CLASSES, (73.2, 76.4, 85.6), strict=True)
+            ),
             **{
-                f"  {name}": (Cell(paper=ap, job="voc_resnet101", metric=f"VOC_11_point/{name}"),)
-                for name, ap in zip(VOC_CLASSES, _AP_OF_CLASSES, strict=True)
+                name: tuple(Cell(paper=aps[number], job=job, metric=f"VOC_11_point/{name}") for job, aps in _AP_OF_CLASSES.items())
+                for number, name in enumerate(VOC_CLASSES)
             },
-            "baseline+++ ResNet-101, COCO+07+12": (Cell(paper=85.6, job="voc_resnet101_from_coco_scales", metric="mAP_11_point"),),
         },
-        note="VOC 2007's own metric, 11 points; +++: refinement, context and multi-scale testing, from a COCO detector: ours saw COCO's "
-        "train part alone",
+        note="trained on 07+12, with VOC 2007's own metric, 11 points; +++: refinement, context and multi-scale testing, from a COCO "
+        "detector: ours saw COCO's train part alone",
     ),
 }
