@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -17,18 +16,14 @@ from resbackbone.classification.files import decode
 from resbackbone.classification.shards import index_shards, read_index, read_shard, write_shards
 from resbackbone.classification.sources import load_source
 from resbackbone.errors import InputError
+from tools import make_shards as make_shards_tool
 
 Tool = Callable[[list[str]], int]
 
 
 @pytest.fixture
-def make_shards(repository: Path) -> Tool:
-    spec = importlib.util.spec_from_file_location("make_shards", repository / "tools/make_shards.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def make_shards() -> Tool:
+    return make_shards_tool.main
 
 
 @pytest.fixture

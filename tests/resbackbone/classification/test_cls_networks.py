@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from resbackbone.classification.networks import build_classifier, load_trained
 from resbackbone.classification.train import train
 from resbackbone.errors import InputError
 from resbackbone.runtime.checkpoint import save_weights
+from tools import eval_cls
 
 RUN = ["train.steps=2", "train.samples=0"]
 CIFAR_MEAN_255 = pytest.approx([255 * value for value in (0.4914, 0.4822, 0.4465)])
@@ -177,32 +177,21 @@ def test_class_numbers_count_from_0() -> None:
 # ------------------------------------------------------------------------------------------------------------------------------ the tool
 
 
-def eval_cls(repository: Path) -> object:
-    spec = importlib.util.spec_from_file_location("eval_cls", repository / "tools/eval_cls.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
-def test_settings_where_weights_belong_are_a_usage_error(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_where_weights_belong_are_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        eval_cls(repository).main(["--weights", "data.root=x"])  # type: ignore[attr-defined]
+        eval_cls.main(["--weights", "data.root=x"])
     assert stopped.value.code == 2
     assert "names no file, only settings (data.root=x)" in capsys.readouterr().err
 
 
-def test_statistics_are_recomputed_for_weights_that_exist(
-    finished: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_statistics_are_recomputed_for_weights_that_exist(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file
 
     source, target = finished / "model_final.safetensors", tmp_path / "anew.safetensors"
     command = ["--weights", str(source), "--recompute-bn", str(target)]
-    assert eval_cls(repository).main(command) == 1  # type: ignore[attr-defined]
+    assert eval_cls.main(command) == 1
     assert "train.bn_images=0 leaves the statistics as they are" in capsys.readouterr().err
-    assert eval_cls(repository).main([*command, "train.bn_images=16"]) == 0  # type: ignore[attr-defined]
+    assert eval_cls.main([*command, "train.bn_images=16"]) == 0
     assert f"weights {target}" in capsys.readouterr().out
     before, after = load_file(source), load_file(target)
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
@@ -210,8 +199,8 @@ def test_statistics_are_recomputed_for_weights_that_exist(
     config: ClassificationConfig = load_trained(target, None, []).config
     assert config.train.bn_images == 16
     again = tmp_path / "again.safetensors"
-    assert eval_cls(repository).main(["--weights", str(target), "--recompute-bn", str(again)]) == 0  # type: ignore[attr-defined]
+    assert eval_cls.main(["--weights", str(target), "--recompute-bn", str(again)]) == 0
     repeated = {name: value for name, value in load_file(again).items() if not name.endswith("num_batches_tracked")}
     assert all(torch.equal(value, after[name]) for name, value in repeated.items()), "they follow from weights and images"
-    assert eval_cls(repository).main(["--weights", str(source), str(target), "--recompute-bn", str(again)]) == 1  # type: ignore[attr-defined]
+    assert eval_cls.main(["--weights", str(source), str(target), "--recompute-bn", str(again)]) == 1
     assert "writes one file" in capsys.readouterr().err
