@@ -113,7 +113,8 @@ class TrainConfig:
     steps: int = 90000
     lr: float = 0.01  # for `reference_batch` images a step; scaled in proportion
     reference_batch: int = 8
-    momentum: float = 0.9  # He et al. 2015, §3.4
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # adamw takes rates of 1e-4 or so, whatever norms a backbone has or lacks
+    momentum: float = 0.9  # He et al. 2015, §3.4; AdamW's first decay rate
     weight_decay: float = 1e-4  # He et al. 2015, §3.4
     warmup_steps: int = 500
     schedule: Literal["step", "cosine", "constant"] = "step"

@@ -28,10 +28,10 @@ from detection.train_state import TrainState
 from resbackbone.errors import InputError
 from resbackbone.runtime import distributed
 from resbackbone.runtime.memory import available_mb, is_out_of_memory
+from resbackbone.runtime.optimizer import build_optimizer
 from resbackbone.runtime.precision import Precision
 from resbackbone.runtime.random_state import seed_everything
 from resbackbone.runtime.sampler import ResumableBatchSampler
-from resbackbone.runtime.schedule import build_sgd
 from resbackbone.runtime.timing import peak_memory_mb
 
 MARGIN = 0.1  # of the memory that is left: for fragments, data workers, and evaluation beside the training step
@@ -218,7 +218,7 @@ def _take_steps(config: DetectionConfig, demand: Demand, batch_size: int, device
     state = TrainState(
         config,
         detector,
-        optimizer=build_sgd(detector, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay),
+        optimizer=build_optimizer(detector, settings, lr=0.0),
         precision=Precision(settings.precision, device),
         sampler=ResumableBatchSampler(batch_size, batch_size=batch_size, seed=settings.seed),
         folder=Path(),

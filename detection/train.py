@@ -29,11 +29,12 @@ from detection.validate import Validator
 from resbackbone.runtime import distributed
 from resbackbone.runtime.checkpoint import load_checkpoint
 from resbackbone.runtime.log import RunLog
+from resbackbone.runtime.optimizer import build_optimizer
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
 from resbackbone.runtime.random_state import deterministic, seed_everything, seed_process
 from resbackbone.runtime.resume import resolve_resume
-from resbackbone.runtime.schedule import build_sgd, lr_factor, scaled_lr, set_lr
+from resbackbone.runtime.schedule import lr_factor, scaled_lr, set_lr
 from resbackbone.runtime.signals import Interrupted, SignalGuard
 from resbackbone.runtime.timing import StepTimer, bottleneck_sentence
 
@@ -97,7 +98,7 @@ def _run(
     state = TrainState(
         config,
         detector,
-        optimizer=build_sgd(detector, lr=base_lr, momentum=settings.momentum, weight_decay=settings.weight_decay),
+        optimizer=build_optimizer(detector, settings, lr=base_lr),
         precision=Precision(settings.precision, process.device),
         sampler=sampler,
         folder=output / "checkpoints",

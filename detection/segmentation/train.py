@@ -24,11 +24,12 @@ from detection.train_state import TrainState
 from resbackbone.runtime import distributed
 from resbackbone.runtime.checkpoint import load_checkpoint
 from resbackbone.runtime.log import RunLog
+from resbackbone.runtime.optimizer import build_optimizer
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
 from resbackbone.runtime.random_state import deterministic, seed_everything, seed_process
 from resbackbone.runtime.resume import resolve_resume
-from resbackbone.runtime.schedule import build_sgd, scaled_lr
+from resbackbone.runtime.schedule import scaled_lr
 from resbackbone.runtime.signals import Interrupted, SignalGuard
 from resbackbone.runtime.timing import bottleneck_sentence
 
@@ -65,7 +66,7 @@ def _run(config: SegmentationConfig, output: Path, resume: str | None, process: 
     state = TrainState(
         config,
         segmenter,
-        optimizer=build_sgd(segmenter, lr=base_lr, momentum=settings.momentum, weight_decay=settings.weight_decay),
+        optimizer=build_optimizer(segmenter, settings, lr=base_lr),
         precision=Precision(settings.precision, process.device),
         sampler=sampler,
         folder=output / "checkpoints",

@@ -26,6 +26,7 @@ from resbackbone.classification.train_state import TrainState
 from resbackbone.runtime import distributed
 from resbackbone.runtime.checkpoint import load_checkpoint
 from resbackbone.runtime.log import RunLog
+from resbackbone.runtime.optimizer import build_optimizer
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
 from resbackbone.runtime.random_state import deterministic, seed_everything, seed_process
@@ -75,7 +76,7 @@ def _run(config: ClassificationConfig, output: Path, resume: str | None, process
     state = TrainState(
         config,
         net,
-        optimizer=torch.optim.SGD(groups, lr=base_lr, momentum=settings.momentum),
+        optimizer=build_optimizer(net, settings, lr=base_lr, groups=groups),
         precision=Precision(settings.precision, process.device),
         sampler=sampler,
         folder=output / "checkpoints",

@@ -1,4 +1,4 @@
-"""The learning rate at each step as a pure function of the step, and the SGD that uses it."""
+"""The learning rate at each step as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from resbackbone.errors import InputError, nearest
 
@@ -44,14 +43,6 @@ def lr_factor(
     if schedule == "constant":
         return warmup
     raise InputError(f"train.schedule={schedule} is not one of {', '.join(SCHEDULES)};{nearest(schedule, SCHEDULES)}")
-
-
-def build_sgd(model: nn.Module, *, lr: float, momentum: float = 0.9, weight_decay: float = 1.0e-4) -> torch.optim.SGD:
-    """SGD over the parameters that are not frozen, all of them decayed, as in the paper (§3.4). Raises InputError if none is left."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise InputError("every parameter is frozen, so there is nothing to train; lower model.backbone.freeze_at")
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

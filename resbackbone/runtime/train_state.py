@@ -189,6 +189,11 @@ class TrainState(Generic[ModelT]):
         """Momentum comes from the checkpoint, settings such as weight decay from the config, which may have changed."""
         groups = self.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        if ("betas" in saved["param_groups"][0]) != ("betas" in groups[0]):  # AdamW has them, SGD doesn't
+            needed = f"train.optimizer={self.config.train.optimizer}"
+            raise InputError(
+                f"{source} holds the state of another optimiser than {needed} needs; set it back, or start a new run from these weights"
+            )
         if [len(group["params"]) for group in saved["param_groups"]] != [len(group["params"]) for group in groups]:
             raise InputError(
                 f"{source}: other parameters learn, or other ones decay, than in this config ({'; '.join(self.changed_settings)}); set it "

@@ -22,7 +22,7 @@ CONFIGS = sorted(path for folder in ("imagenet", "cifar", "imagenette") for path
 PROMISED = [
     *("imagenet/resnet50", "imagenet/resnet50_modern"),
     *(f"cifar/{name}" for name in ("resnet20", "resnet56", "resnet110", "plain20", "plain56")),
-    *(f"imagenette/{name}" for name in ("resnet18", "resnet50", "vgg16")),
+    *(f"imagenette/{name}" for name in ("resnet18", "compare")),
 ]
 
 
@@ -59,7 +59,7 @@ def test_config_loads_and_explains_itself(path: Path, tmp_path: Path) -> None:
     save_config(config, tmp_path / "config.yaml")
     assert load_classification_config(tmp_path / "config.yaml") == config
     network = config.model.name.removesuffix("_cifar")
-    assert path.stem.startswith((network, "imagenet_weights"))
+    assert path.stem.startswith((network, "imagenet_weights", "compare"))
 
 
 @pytest.mark.parametrize("name", ["imagenet/resnet50", "cifar/resnet110", "cifar/plain20", "imagenette/resnet18"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resbackbone.errors import InputError
-from resbackbone.runtime.schedule import build_sgd, lr_factor, scaled_lr, set_lr
+from resbackbone.runtime.schedule import lr_factor, scaled_lr
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,3 @@ def test_scaling_rule() -> None:
     assert scaled_lr(0.02, batch=4, reference_batch=16) == 0.005
     with pytest.raises(InputError, match=r"train\.reference_batch=0"):
         scaled_lr(0.02, batch=4, reference_batch=0)
-
-
-def test_sgd_takes_what_is_not_frozen() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    model[0].requires_grad_(False)
-    optimizer = build_sgd(model, lr=0.1, momentum=0.8, weight_decay=0.01)
-    (group,) = optimizer.param_groups
-    assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model[1].parameters()]
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.8, 0.01)
-    set_lr(optimizer, 0.5)
-    assert group["lr"] == 0.5
-
-
-def test_nothing_left_to_train() -> None:
-    with pytest.raises(InputError, match="every parameter is frozen"):
-        build_sgd(torch.nn.Linear(1, 1).requires_grad_(False), lr=0.1)

@@ -12,6 +12,7 @@ from torch import nn
 
 from resbackbone.errors import InputError
 from resbackbone.runtime.checkpoint import best_step, find_checkpoint, load_checkpoint
+from resbackbone.runtime.optimizer import build_optimizer
 from resbackbone.runtime.precision import Precision
 from resbackbone.runtime.sampler import ResumableBatchSampler
 from resbackbone.runtime.train_state import TrainState
@@ -22,6 +23,9 @@ class Settings:
     """What the state reads of any trainer's settings."""
 
     steps: int = 6
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
     eval_every: int = 2
     accumulate: int = 1
     clip_norm: float | None = 1.0
@@ -54,7 +58,7 @@ def state_in(
     return Counting(
         config or Config(),
         model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        optimizer=build_optimizer(model, (config or Config()).train, lr=0.1),
         precision=Precision("fp32", "cpu"),
         sampler=ResumableBatchSampler(8, batch_size=2, seed=0),
         folder=folder,
@@ -63,8 +67,8 @@ def state_in(
     )
 
 
-def take_step(state: Counting) -> None:
-    state.model(torch.rand(4, 3)).square().sum().backward()
+def take_step(state: Counting, batch: torch.Tensor | None = None) -> None:
+    state.model(torch.rand(4, 3) if batch is None else batch).square().sum().backward()
     state.update()
     state.counted += 3
 
@@ -156,6 +160,33 @@ def test_settings_come_from_the_config_and_momentum_from_the_checkpoint(tmp_path
     assert restored.optimizer.param_groups[0]["weight_decay"] == 0.5
     ours, theirs = (one.optimizer.state[one.model.weight]["momentum_buffer"] for one in (restored, state))
     assert torch.equal(ours, theirs)
+
+
+def test_adamw_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    config = Config(train=replace(Settings(), optimizer="adamw"))
+    whole, first = state_in(tmp_path, config=config), state_in(tmp_path, config=config)
+    batches = [torch.rand(4, 3) for _ in range(4)]
+    for batch in batches:
+        take_step(whole, batch)
+    for batch in batches[:2]:
+        take_step(first, batch)
+    first.save()
+    second = state_in(tmp_path, config=config)
+    second.restore(load_checkpoint(tmp_path / "step_00000002"), tmp_path)
+    for batch in batches[2:]:
+        take_step(second, batch)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights_of(second), weights_of(whole), strict=True))
+    assert not any(torch.equal(ours, theirs) for ours, theirs in zip(weights_of(second), weights_of(first), strict=True))
+
+
+@pytest.mark.parametrize(("before", "after"), [("sgd", "adamw"), ("adamw", "sgd")])
+def test_another_optimizer_s_state_is_refused(tmp_path: Path, before: str, after: str) -> None:
+    state = state_in(tmp_path, config=Config(train=replace(Settings(), optimizer=before)))
+    take_step(state)
+    state.save()
+    other = state_in(tmp_path, config=Config(train=replace(Settings(), optimizer=after)))
+    with pytest.raises(InputError, match=f"another optimiser than train.optimizer={after} needs"):
+        other.restore(load_checkpoint(tmp_path / "step_00000001"), tmp_path)
 
 
 def test_other_parameters_that_learn_are_refused(tmp_path: Path) -> None:
