@@ -28,10 +28,14 @@ def rpn_losses(logits: Tensor, is_object: Tensor, deltas: Tensor, target_deltas:
     return {"rpn_objectness": objectness / count, "rpn_box": _box_loss(deltas, target_deltas) / count}
 
 
-def roi_losses(logits: Tensor, labels: Tensor, deltas: Tensor, target_deltas: Tensor, *, count: Tensor) -> dict[str, Tensor]:
-    """Girshick 2015 (Fast R-CNN), eq. 1-3. logits: (S, K + 1); labels: (S,) 0 … K; deltas: (S, 4 · (K + 1)); target_deltas: (P, 4)."""
+def roi_losses(
+    logits: Tensor, labels: Tensor, deltas: Tensor, target_deltas: Tensor, *, positive: Tensor, count: Tensor
+) -> dict[str, Tensor]:
+    """Girshick 2015 (Fast R-CNN), eq. 1-3. logits: (S, K + 1); labels: (S,) 0 … K; deltas: (S, 4 · (K + 1)).
+
+    positive: (P,) which samples have a label above 0; target_deltas: (P, 4), theirs.
+    """
     classes = F.cross_entropy(logits.float(), labels, reduction="sum")
-    positive = torch.nonzero(labels > 0).flatten()
     of_class = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]
     return {"roi_class": classes / count, "roi_box": _box_loss(of_class, target_deltas) / count}
 

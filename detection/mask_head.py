@@ -77,13 +77,12 @@ class MaskHead(nn.Module):
         across_processes: bool = True,
     ) -> dict[str, Tensor]:
         """The mask term over the positive regions of all images; 0, with gradients of 0, where there are none."""
-        chosen = [region.positive for region in regions]
-        boxes = [region.boxes[rows] for region, rows in zip(regions, chosen, strict=True)]
-        labels = torch.cat([region.labels[rows] for region, rows in zip(regions, chosen, strict=True)])
+        boxes = [region.boxes[: region.positives] for region in regions]
+        labels = torch.cat([region.labels[: region.positives] for region in regions])
         logits = self(features, boxes, sizes)
         wanted = [
-            cut_masks(target, region.matches[rows], box, side=logits.shape[-1])
-            for target, region, rows, box in zip(targets, regions, chosen, boxes, strict=True)
+            cut_masks(target, region.matches[: region.positives], box, side=logits.shape[-1])
+            for target, region, box in zip(targets, regions, boxes, strict=True)
         ]
         count = shared_count(len(labels), like=logits, across_processes=across_processes)
         return mask_loss(logits, labels, torch.cat(wanted), count=count)

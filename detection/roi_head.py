@@ -36,16 +36,15 @@ class Pooler(Protocol):
 
 @dataclass(kw_only=True)
 class Regions:
-    """The sampled regions of one image. boxes: (R, 4); labels: (R,) 0 … K; matches: (R,) index of the object, for positives only."""
+    """The sampled regions of one image, those that hold an object first: `positives` of them.
+
+    boxes: (R, 4); labels: (R,) 0 … K; matches: (R,) index of the object, for positives only.
+    """
 
     boxes: Tensor
     labels: Tensor
     matches: Tensor
-
-    @property
-    def positive(self) -> Tensor:
-        """(P,) indices of the regions that hold an object."""
-        return torch.nonzero(self.labels > 0).flatten()
+    positives: int
 
 
 class TwoFCHead(nn.Module):
@@ -127,7 +126,7 @@ class RoIHead(nn.Module):
         positive, chosen = matches[drawn[0]], torch.cat(drawn)
         labels = torch.zeros_like(chosen)
         labels[: len(positive)] = target.labels[positive]
-        return Regions(boxes=candidates[chosen], labels=labels, matches=matches[chosen])
+        return Regions(boxes=candidates[chosen], labels=labels, matches=matches[chosen], positives=len(positive))
 
     def losses(
         self,
@@ -143,7 +142,7 @@ class RoIHead(nn.Module):
         labels = torch.cat([region.labels for region in regions])
         wanted = torch.cat([_wanted_deltas(region, target) for region, target in zip(regions, targets, strict=True)])
         count = shared_count(len(labels), like=logits, across_processes=across_processes)
-        return roi_losses(logits, labels, deltas, wanted, count=count)
+        return roi_losses(logits, labels, deltas, wanted, positive=_positive_rows(regions, like=labels), count=count)
 
     @torch.no_grad()
     def detect(self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
@@ -178,8 +177,13 @@ class RoIHead(nn.Module):
 
 def _wanted_deltas(regions: Regions, target: Target) -> Tensor:
     """(P, 4): what the box regressor should say of the positive regions."""
-    positive = regions.positive
-    return encode(target.boxes[regions.matches[positive]], regions.boxes[positive], REGION_WEIGHTS)
+    return encode(target.boxes[regions.matches[: regions.positives]], regions.boxes[: regions.positives], REGION_WEIGHTS)
+
+
+def _positive_rows(regions: Sequence[Regions], *, like: Tensor) -> Tensor:
+    """(P,): which of all images' regions (sum R) hold an object, found without asking the device."""
+    rows = torch.arange(len(like), device=like.device).split([len(region.labels) for region in regions])
+    return torch.cat([part[: region.positives] for part, region in zip(rows, regions, strict=True)])
 
 
 def _passes(boxes: Sequence[Tensor], limit: int | None) -> Iterator[list[Tensor]]:

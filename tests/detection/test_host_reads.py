@@ -19,8 +19,8 @@ from detection.config import load_detection_config
 from detection.structures import Target
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::equal"}
-PER_IMAGE = 7  # NMS and what is large enough for it; of anchors and of regions the positives and the negatives; the regions' objects
-PER_STEP = 2  # boxes without area, and the positives of the loss
+PER_IMAGE = 6  # NMS and what is large enough for it; of anchors and of regions the positives and the negatives
+PER_STEP = 1  # boxes without area
 
 
 class HostReads(TorchDispatchMode):

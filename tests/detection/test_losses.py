@@ -26,7 +26,7 @@ def test_roi_by_hand():
     deltas[0, 8] = 2.0  # class 2, the right one
     deltas[0, 4] = 100.0  # class 1, not asked
     deltas[1] = 100.0  # background has no box
-    terms = roi_losses(logits, torch.tensor([2, 0]), deltas, torch.zeros((1, 4)), count=torch.tensor(2.0))
+    terms = roi_losses(logits, torch.tensor([2, 0]), deltas, torch.zeros((1, 4)), positive=torch.tensor([0]), count=torch.tensor(2.0))
     assert terms["roi_class"].item() == pytest.approx(math.log(3))
     assert terms["roi_box"].item() == pytest.approx((2 - 1 / 18) / 2)
 
@@ -43,7 +43,7 @@ def test_nothing_sampled_is_zero():
     empty = torch.zeros((0, 4))
     none = torch.zeros((0,), dtype=torch.int64)
     terms = rpn_losses(torch.zeros(0), none.bool(), empty, empty, count=count)
-    terms |= roi_losses(torch.zeros((0, 3)), none, torch.zeros((0, 12)), empty, count=count)
+    terms |= roi_losses(torch.zeros((0, 3)), none, torch.zeros((0, 12)), empty, positive=none, count=count)
     terms |= mask_loss(torch.zeros((0, 3, 28, 28)), none, torch.zeros((0, 28, 28)), count=count)
     assert set(terms) == {"rpn_objectness", "rpn_box", "roi_class", "roi_box", "mask"}
     assert all(value.item() == 0 for value in terms.values())

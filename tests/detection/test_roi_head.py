@@ -113,6 +113,16 @@ def test_sampling_follows_the_generator():
     assert not torch.equal(draw(1).boxes, draw(2).boxes)
 
 
+@pytest.mark.parametrize("objects", [0, 1, 4])
+def test_regions_with_an_object_come_first(objects):
+    target = peers.target(peers.random_boxes(objects))
+    (regions,) = _head(samples=8).sample(_proposals((200,)), [target], [torch.Generator().manual_seed(1)])
+    assert regions.positives == int((regions.labels > 0).sum()) <= 2
+    assert (regions.positives > 0) == (objects > 0)
+    assert (regions.labels[: regions.positives] > 0).all()
+    assert not regions.labels[regions.positives :].any()
+
+
 @pytest.mark.parametrize("counts", [(5, 0, 7), (0, 0, 0), (3, 3, 3), (1, 20, 1)])
 @pytest.mark.parametrize("limit", [None, 1, 4, 6, 100])
 def test_passes_cut_without_losing_a_region(counts, limit):
