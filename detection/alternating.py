@@ -27,6 +27,7 @@ from detection.structures import Target
 from detection.train import TrainResult, train
 from resbackbone.errors import InputError
 from resbackbone.runtime.config import changed_settings
+from resbackbone.runtime.output import refuse_taken
 
 Part = Literal["rpn", "regions"]
 Prepare = Callable[[FasterRCNN], FasterRCNN]
@@ -86,6 +87,9 @@ def train_alternating(config: DetectionConfig, output: Path, *, resume: str | No
     """
     if resume not in (None, "auto"):
         raise InputError(f"--resume {resume}: alternating training is four runs with checkpoints of their own; give --resume auto")
+    refuse_taken(output, resume=resume)  # the last step finds it too, three trainings later
+    if (output / "config.yaml").is_file():
+        _check_settings(output, config)
     once = dataclasses.replace(config.train, eval_every=0, early_stop=None)
     unseen = dataclasses.replace(config.eval, samples=0, report=False)  # half a detector's boxes tell nothing; its loss does
     early = dataclasses.replace(config, train=once, eval=unseen)
@@ -106,7 +110,7 @@ def _check_settings(folder: Path, config: DetectionConfig) -> None:
     changes = [one for one in changes if one.startswith("model.test.context:") or not one.startswith(FREE)]
     if changes:
         raise InputError(
-            f"{folder} holds a finished step with other settings: {'; '.join(changes[:4])}. Go on with those it had, give another "
+            f"{folder} holds a run with other settings: {'; '.join(changes[:4])}. Go on with those it had, give another "
             "--output, or remove it and the steps after it"
         )
 

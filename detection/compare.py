@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from detection.alternating import train_alternating
+from detection.build import build_detector
 from detection.config import DetectionConfig, load_detection_config, load_split
 from detection.data.source import Source
-from detection.evaluation.bootstrap import Interval, Verdicts, coco_verdicts, draws, mean_aps, voc_verdicts
+from detection.evaluation.bootstrap import Interval, Verdicts, coco_verdicts, draws, interval_of, mean_aps, voc_verdicts
 from detection.evaluation.evaluate import primary_metric, voc_truth
 from detection.evaluation.results import coco_image_ids
 from detection.train import train
@@ -97,7 +98,7 @@ def compare(
     """Train what is missing, judge all, write compare.json, compare.md and compare.png into `output`; returns their paths by ending.
 
     baseline: a backbone's name; None: vgg16 if it takes part, else the first. Raises InputError as training does, for a baseline that
-    doesn't take part, a seed given twice, and a folder whose run had other settings.
+    doesn't take part, a seed given twice, and a folder whose run had other settings: what can be known is said before any training.
     """
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     if twice:
@@ -109,16 +110,26 @@ def compare(
         for one in contenders
         for seed in seeds
     ]
+    folders = [output / "runs" / one.label / f"seed_{seed}" for one, seed, _ in planned]
     source = load_split(planned[0][2], "val")
+    _check_all(planned, folders, len(source.annotations.classes))
     runs = []
-    for one, seed, settings in planned:
-        folder = output / "runs" / one.label / f"seed_{seed}"
+    for (one, seed, settings), folder in zip(planned, folders, strict=True):
         if not is_finished(folder, settings):
             log(f"training {one.name}, seed {seed} in {folder}")
             (train_alternating if settings.train.protocol == "alternating" else train)(settings, folder, resume="auto")
         runs.append(_read_run(one, settings, folder, source))
     recipe = " ".join([str(config), *overrides])
     return write_comparison(output, runs, labels, metric=primary_metric(source), baseline=base, recipe=recipe, resamples=resamples)
+
+
+def _check_all(planned: Sequence[tuple[Contender, int, DetectionConfig]], folders: Sequence[Path], classes: int) -> None:
+    """Raises InputError for what the last contender would stumble over days from now: its folder, its name, anchors, norm or weights."""
+    checked: set[str] = set()
+    for (one, _, settings), folder in zip(planned, folders, strict=True):
+        if not is_finished(folder, settings) and one.label not in checked:
+            checked.add(one.label)
+            build_detector(settings, classes, initial_weights=settings.model.weights is None)
 
 
 def is_finished(folder: Path, config: DetectionConfig) -> bool:
@@ -142,7 +153,7 @@ def paired_gain(
     The interval holds 95 % of the draws: how far other test images would move the gain; then the share of draws above 0. What other seeds
     would do, their spread tells.
     """
-    return _gain(_drawn(first, resamples, seed), _drawn(second, resamples, seed))
+    return interval_of(_drawn(second, resamples, seed) - _drawn(first, resamples, seed), LEVEL)
 
 
 def write_comparison(
@@ -219,7 +230,7 @@ def _pairs(of: dict[str, list[Run]], resamples: int) -> list[dict[str, Any]]:
     drawn = {label: _drawn([run.verdicts for run in group], resamples, seed=0) for label, group in of.items()}
     found = []
     for first, second in combinations(drawn, 2):
-        gain, better = _gain(drawn[first], drawn[second])
+        gain, better = interval_of(drawn[second] - drawn[first], LEVEL)
         found.append({"first": first, "second": second, "gain": gain.value, "low": gain.low, "high": gain.high, "share_better": better})
     return found
 
@@ -228,12 +239,6 @@ def _drawn(verdicts: Sequence[Verdicts], resamples: int, seed: int) -> np.ndarra
     """(1 + resamples,) the mean over runs of their figure: on all images, then on each draw; the draws are the seed's alone."""
     times = draws(verdicts[0].images, resamples=resamples, seed=seed)
     return np.mean([mean_aps(one, times) for one in verdicts], axis=0)
-
-
-def _gain(first: np.ndarray, second: np.ndarray) -> tuple[Interval, float]:
-    value, drawn = second[0] - first[0], second[1:] - first[1:]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value=float(value), low=float(low), high=float(high)), float(np.mean((drawn > 0) + 0.5 * (drawn == 0)))
 
 
 def _plot(path: Path, rows: dict[str, dict], metric: str) -> None:

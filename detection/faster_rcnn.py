@@ -83,9 +83,13 @@ class FasterRCNN(nn.Module):
 
     def encode(self, images: Sequence[Tensor]) -> Encoded:
         """The backbone's and the RPN's part, for images padded to one size."""
+        features, sizes, padded = self.extract(images)
+        return Encoded(features, self.rpn(features, padded), sizes)
+
+    def extract(self, images: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[Size], Size]:
+        """The backbone's part alone: features of a padded batch, each image's size in it, and the padded one."""
         batch, sizes = self.preprocess(images)
-        features = self.backbone(batch)
-        return Encoded(features, self.rpn(features, (batch.shape[-2], batch.shape[-1])), sizes)
+        return self.backbone(batch), sizes, (batch.shape[-2], batch.shape[-1])
 
     def _losses(
         self, encoded: Encoded, proposals: Sequence[Tensor], targets: Sequence[Target], *, across_processes: bool

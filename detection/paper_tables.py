@@ -88,13 +88,14 @@ def _train_det(config: str, *words: str, data: str) -> Job:
     return Job(tool="train_det", words=("--config", f"configs/{config}.yaml", *words), data=(data,))
 
 
-def _fine_tune(config: str, start: str, *words: str, data: tuple[str, ...]) -> Job:
+def _fine_tune(config: str, start: str, *words: str, data: str) -> Job:
     given = (f"model.weights={{results}}/{start}/model_final.safetensors", *words)
-    return Job(tool="train_det", words=("--config", f"configs/{config}.yaml", *given), data=data, after=(start,))
+    return Job(tool="train_det", words=("--config", f"configs/{config}.yaml", *given), data=(data,), after=(start,))
 
 
-def _eval_det(tool: str, weights: str, *words: str, data: tuple[str, ...]) -> Job:
-    return Job(tool=tool, words=("--weights", "{results}/" + weights + "/model_final.safetensors", *words), data=data, after=(weights,))
+def _eval_det(tool: str, weights: str, *words: str, data: str) -> Job:
+    given = ("--weights", "{results}/" + weights + "/model_final.safetensors", f"data.root={{data}}/{data}", *words)  # it may have moved
+    return Job(tool=tool, words=given, data=(data,), after=(weights,))
 
 
 def _train_cls(config: str, name: str, root: str, *words: str, data: str) -> Job:
@@ -107,16 +108,14 @@ JOBS: dict[str, Job] = {
     "voc_resnet101": _train_det("frcnn_r101_voc", "data.root={data}/voc", data="voc"),
     "coco_vgg16": _train_det("frcnn_vgg16_coco", *_COCO, data="coco"),
     "coco_resnet101": _train_det("frcnn_r101_coco", *_COCO, data="coco"),
-    "coco_resnet101_refine": _eval_det("eval_coco", "coco_resnet101", "model.test.refine=true", data=("coco",)),
+    "coco_resnet101_refine": _eval_det("eval_coco", "coco_resnet101", "model.test.refine=true", data="coco"),
     "coco_resnet101_context_trained": _train_det("frcnn_r101_coco", *_COCO, "model.test.context=true", data="coco"),
-    "coco_resnet101_context": _eval_det("eval_coco", "coco_resnet101_context_trained", "model.test.refine=true", data=("coco",)),
-    "coco_resnet101_scales": _eval_det("eval_coco", "coco_resnet101_context_trained", "model.test.refine=true", _SCALES, data=("coco",)),
+    "coco_resnet101_context": _eval_det("eval_coco", "coco_resnet101_context_trained", "model.test.refine=true", data="coco"),
+    "coco_resnet101_scales": _eval_det("eval_coco", "coco_resnet101_context_trained", "model.test.refine=true", _SCALES, data="coco"),
     "voc_resnet101_from_coco": _fine_tune(
-        "frcnn_r101_voc", "coco_resnet101_context_trained", "data.root={data}/voc", "model.test.context=true", data=("coco", "voc")
+        "frcnn_r101_voc", "coco_resnet101_context_trained", "data.root={data}/voc", "model.test.context=true", data="voc"
     ),
-    "voc_resnet101_from_coco_scales": _eval_det(
-        "eval_voc", "voc_resnet101_from_coco", "model.test.refine=true", _SCALES, data=("coco", "voc")
-    ),
+    "voc_resnet101_from_coco_scales": _eval_det("eval_voc", "voc_resnet101_from_coco", "model.test.refine=true", _SCALES, data="voc"),
 }
 
 # The networks of tables 3 and 4: what the paper calls them, ours, and options; all by configs/imagenet/resnet50.yaml.
@@ -134,7 +133,7 @@ for _job, _name, _options in _NETWORKS.values():
     for _mode in ("10crop", "multiscale"):
         JOBS[f"{_job}_{_mode}"] = Job(
             tool="eval_cls",
-            words=("--weights", "{results}/" + _job + "/model_final.safetensors", "--mode", _mode),
+            words=("--weights", "{results}/" + _job + "/model_final.safetensors", "--mode", _mode, "data.root={data}/imagenet"),
             data=("imagenet",),
             after=(_job,),
         )

@@ -39,6 +39,10 @@ class Places:
         """The file that shows a job to be done."""
         return self.results / job / "eval" / "metrics.json"
 
+    def weights(self, job: str) -> Path:
+        """What jobs that come after it start from."""
+        return self.results / job / "model_final.safetensors"
+
     def missing_data(self, key: str) -> list[Path]:
         """Files of a data set that aren't there."""
         return [self.data / name for name in DATA[key].files if not (self.data / name).exists()]
@@ -53,10 +57,21 @@ def reproduce(table: str, places: Places, *, run: bool = False, runner: Runner |
     chosen = _table(table)
     jobs = jobs_of(chosen)
     if run:
-        for job in jobs:
-            if not places.metrics(job).is_file() and not any(places.missing_data(key) for key in JOBS[job].data):
+        for job in to_run(jobs, places):
+            is_ready = all(places.weights(earlier).is_file() for earlier in JOBS[job].after)  # else its data wasn't here
+            if is_ready and not any(places.missing_data(key) for key in JOBS[job].data):
                 _run(job, places, runner or run_tool)
     return "\n".join([*format_table(chosen, places), "", *_missing(chosen, jobs, places)])
+
+
+def to_run(jobs: list[str], places: Places) -> list[str]:
+    """Those of `jobs`, which stand in order, that lack their figures, or their weights where one of these starts from them."""
+    lacking: set[str] = set()
+    for job in reversed(jobs):
+        is_needed = any(job in JOBS[later].after for later in lacking)
+        if not places.metrics(job).is_file() or (is_needed and not places.weights(job).is_file()):
+            lacking.add(job)
+    return [job for job in jobs if job in lacking]
 
 
 def jobs_of(table: PaperTable) -> list[str]:
@@ -132,7 +147,7 @@ def _run(job: str, places: Places, runner: Runner) -> None:
 
 
 def _missing(table: PaperTable, jobs: list[str], places: Places) -> Iterator[str]:
-    undone = [job for job in jobs if not places.metrics(job).is_file()]
+    undone = to_run(jobs, places)
     if undone:
         yield "Missing of ours, and the commands that give it (--run runs them; stopped, they go on where they were):"
         yield from (f"  {job}: python {shlex.join(places.command(job))}" for job in undone)

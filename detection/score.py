@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
-from detection.config import DetectionConfig, chosen_device, load_split
+from detection.config import DetectionConfig, chosen_device, load_detection_config, load_split
 from detection.data.source import Source
 from detection.evaluation.report.report import judge_other, report_folder, report_records, run_name
 from detection.finish import write_evaluation
@@ -15,8 +15,11 @@ from detection.predict import load_detectors
 from detection.validate import Validator
 from resbackbone.errors import InputError
 from resbackbone.runtime import distributed
+from resbackbone.runtime.config import changed_settings
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
+
+FIGURES_HANG_ON = ("model.test.", "model.head:", "model.backbone.name:", "data.val:", "data.min_size:", "data.max_size:", "train.seed:")
 
 
 def evaluate_weights(
@@ -51,6 +54,8 @@ def evaluate_weights(
             for folder in (output, page):
                 if folder is not None:
                     prepare_output(folder, resume="auto")  # a run may be in it
+            if output is not None:
+                _check_own_run(output, configs)
             other = None if compare is None else judge_other(source, compare, engine=config.eval.engine)
         if process.is_main:
             for path, one in zip(paths, configs, strict=True):
@@ -67,6 +72,20 @@ def evaluate_weights(
         return metrics
     finally:
         distributed.shutdown()
+
+
+def _check_own_run(output: Path, configs: Sequence[DetectionConfig]) -> None:
+    """Raises InputError where `output` holds a run whose own figures these aren't: compare_backbones would take them for such."""
+    if not (output / "config.yaml").is_file():
+        return
+    changes = [f"{len(configs)} detectors together"] if len(configs) > 1 else []
+    changed = changed_settings(load_detection_config(output / "config.yaml"), configs[0])
+    changes += [change for change in changed if change.startswith(FIGURES_HANG_ON)]
+    if changes:
+        raise InputError(
+            f"--output {output} holds a training whose figures would be replaced by those of another test ({'; '.join(changes[:4])}); "
+            "give a folder of its own"
+        )
 
 
 def _check_classes(weights: Path, known: Sequence[str], source: Source) -> None:

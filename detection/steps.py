@@ -112,8 +112,8 @@ def look_at(detector: FasterRCNN, view: View, steps: Steps) -> Look:
 def _pool_from_scales(detector: FasterRCNN, view: View, scales: Sequence[int]) -> Pool:
     pyramid = []
     for scale in scales:
-        encoded = detector.encode([resize_to(view.detail, scale)])
-        pyramid.append(ScaledFeatures(encoded.features, encoded.sizes[0]))
+        features, (size,), _ = detector.extract([resize_to(view.detail, scale)])  # regions are known, so no RPN
+        pyramid.append(ScaledFeatures(features, size))
     return lambda regions: pool_two_scales(detector.roi_head.pooler, pyramid, regions[0], _size(view.image))
 
 

@@ -14,24 +14,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Train a detector on each backbone by one recipe and budget, and say what each gains. Started again, it goes on.",
     )
     parser.add_argument("--config", type=Path, required=True, help="the recipe: a YAML file, whose backbone each of --backbones replaces")
-    parser.add_argument(
-        "--backbones",
-        nargs="+",
-        required=True,
-        metavar="NAME[=WEIGHTS]",
-        help="what to compare; weights: null, a file, torchvision or timm",
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="S", help="of each backbone's trainings (default: 0 1)")
+    weights = "what to compare; weights: null, a file, torchvision or timm"
+    parser.add_argument("--backbones", nargs="+", required=True, metavar="NAME[=WEIGHTS]", help=weights)
+    parser.add_argument("--seeds", nargs="+", default=["0", "1"], metavar="S", help="of each backbone's trainings (default: 0 1)")
     parser.add_argument("--baseline", metavar="NAME", help="whose figure the gains count from (default: vgg16 if it takes part)")
     parser.add_argument("--own", nargs=2, action="append", default=[], metavar=("NAME", "K=V"), help="a setting for one backbone alone")
     parser.add_argument("--output", type=Path, help="folder for runs/ and compare.json, .md, .png (default: runs/compare_<config>)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of the recipe that differ from the file")
     args = parser.parse_intermixed_args(argv)
-    sections = ("model.", "data.", "train.", "eval.")  # --backbones takes every word that follows it
-    settings = [text for text in args.backbones if text.startswith(sections) and "=" in text]
+    sections = ("model.", "data.", "train.", "eval.")  # --backbones and --seeds take every word that follows them
+    settings = [text for text in [*args.backbones, *args.seeds] if text.startswith(sections) and "=" in text]
     args.overrides += settings
-    args.backbones = [text for text in args.backbones if text not in settings]
+    args.backbones, args.seeds = ([text for text in given if text not in settings] for given in (args.backbones, args.seeds))
+    try:
+        args.seeds = [int(text) for text in args.seeds]
+    except ValueError as error:
+        parser.error(f"argument --seeds: {error}; give whole numbers, such as --seeds 0 1")
     return args
 
 

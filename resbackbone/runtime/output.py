@@ -12,13 +12,8 @@ from resbackbone.runtime.atomic import storage_errors
 RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints", "model_final.safetensors")
 
 
-def prepare_output(path: Path | str, *, resume: str | None = None) -> Path:
-    """Make the output folder and prove that it can be written. Call it on the main process, before any work.
-
-    Raises InputError for a read-only folder, a full disk, a path that is a file, or a folder with another run in it while `resume`
-    is None.
-    """
-    output = Path(path)
+def refuse_taken(output: Path, *, resume: str | None) -> None:
+    """Raises InputError for a path that is a file, or a folder with another run in it while `resume` is None; writes nothing."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: this is a file; give a folder, which is made if it is not there")
     present = [name for name in RUN_FILES if (output / name).exists()]
@@ -27,6 +22,16 @@ def prepare_output(path: Path | str, *, resume: str | None = None) -> Path:
             f"--output {output}: another run is in this folder ({', '.join(present)}); "
             "go on with it by --resume auto, or choose another folder"
         )
+
+
+def prepare_output(path: Path | str, *, resume: str | None = None) -> Path:
+    """Make the output folder and prove that it can be written. Call it on the main process, before any work.
+
+    Raises InputError for a read-only folder, a full disk, a path that is a file, or a folder with another run in it while `resume`
+    is None.
+    """
+    output = Path(path)
+    refuse_taken(output, resume=resume)
     probe = output / f".write-test-{os.getpid()}"
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from detection.alternating import HalfRCNN, train_alternating
 from detection.config import DetectionConfig, load_detection_config
 from detection.structures import Target
 from resbackbone.errors import InputError
+from resbackbone.runtime.config import save_config
 from tools import train_det
 
 TINY = [
@@ -99,9 +101,20 @@ def _finished_steps(run: Path, copy: Path) -> Path:
 def test_finished_steps_of_other_settings_are_not_taken(run: Path, tiny_coco: Path, tmp_path: Path, change: str) -> None:
     copy = _finished_steps(run, tmp_path / "copy")
     config = load_detection_config(None, [f"data.root={tiny_coco}", *TINY, change])
-    with pytest.raises(InputError, match=rf"step_1 holds a finished step with other settings: {change.partition('=')[0]}: .* → .*--output"):
+    with pytest.raises(InputError, match=rf"step_1 holds a run with other settings: {change.partition('=')[0]}: .* → .*--output"):
         train_alternating(config, copy, resume="auto")
     assert not (copy / "checkpoints").exists()
+
+
+def test_a_folder_that_is_taken_is_said_before_the_first_step(tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alternating, "train", lambda config, folder, **options: pytest.fail(f"{folder} was trained"))
+    config = _config(tiny_coco)
+    joint = dataclasses.replace(config, train=dataclasses.replace(config.train, protocol="joint"))
+    save_config(joint, tmp_path / "config.yaml")
+    with pytest.raises(InputError, match="another run is in this folder"):
+        train_alternating(config, tmp_path)
+    with pytest.raises(InputError, match=r"holds a run with other settings: train\.protocol: joint → alternating"):
+        train_alternating(config, tmp_path, resume="auto")
 
 
 def test_settings_without_weight_may_change(run: Path, tiny_coco: Path, tmp_path: Path) -> None:

@@ -91,8 +91,9 @@ def test_the_interval_is_the_literal_bootstraps(truth: dict) -> None:
         }
         gains.append(means["good"] - means["poor"])
     assert gain.value == pytest.approx(gains[0], abs=1e-9)
-    assert (gain.low, gain.high) == pytest.approx(tuple(np.quantile(gains[1:], [0.025, 0.975])), abs=1e-9)
-    assert better == pytest.approx(statistics.mean(value > 0 for value in gains[1:]))
+    moved = np.array(gains[1:]) - (np.mean(gains[1:]) - gains[0])
+    assert (gain.low, gain.high) == pytest.approx(tuple(np.quantile(moved, [0.025, 0.975])), abs=1e-9)
+    assert better == pytest.approx(np.mean(moved > 0))
     assert gain.low < gain.value < gain.high
 
 
@@ -215,6 +216,31 @@ def test_a_baseline_that_takes_no_part(recipe: Path, tmp_path: Path) -> None:
 def test_settings_after_the_backbones_are_settings(tmp_path: Path) -> None:
     args = compare_backbones.parse(["--config", "c", "--backbones", "vgg16", "my.net:tiny=w.pt", "train.steps=2", "--seeds", "3"])
     assert (args.backbones, args.overrides, args.seeds) == (["vgg16", "my.net:tiny=w.pt"], ["train.steps=2"], [3])
+    args = compare_backbones.parse(["--config", "c", "--backbones", "vgg16", "--seeds", "0", "1", "data.root=VOC", "train.steps=2"])
+    assert (args.backbones, args.overrides, args.seeds) == (["vgg16"], ["data.root=VOC", "train.steps=2"], [0, 1])
+
+
+def test_seeds_are_numbers(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        compare_backbones.parse(["--config", "c", "--backbones", "vgg16", "--seeds", "one"])
+    assert "argument --seeds: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("last", "own", "message"),
+    [
+        ("resnet5", [], "resnet5"),
+        ("resnet18=/no/such.safetensors", [], r"/no/such\.safetensors"),
+        ("resnet18", [("resnet18", "model.anchor_sizes=[8,16]")], "anchor"),
+        ("resnet18=null", [("resnet18", "model.backbone.norm=frozen")], "frozen"),
+    ],
+)
+def test_what_is_wrong_with_the_last_is_said_before_the_first_is_trained(
+    trained: list, recipe: Path, tmp_path: Path, last: str, own: list, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(recipe, parse_contenders(["vgg16", last], own), tmp_path / "out", seeds=[0], log=lambda text: None)
+    assert trained == []
 
 
 @pytest.mark.slow

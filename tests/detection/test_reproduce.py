@@ -11,7 +11,7 @@ import pytest
 
 from detection.config import load_detection_config
 from detection.paper_tables import DATA, JOBS, TABLES
-from detection.reproduce import Places, jobs_of, reproduce, run_tool
+from detection.reproduce import Places, jobs_of, reproduce, run_tool, to_run
 from resbackbone.classification.config import load_classification_config
 from resbackbone.errors import InputError
 from tools import reproduce as tool
@@ -33,8 +33,10 @@ def have_data(places: Places, *keys: str) -> None:
 
 
 def finish(places: Places, job: str, figures: dict) -> None:
-    places.metrics(job).parent.mkdir(parents=True)
+    places.metrics(job).parent.mkdir(parents=True, exist_ok=True)
     places.metrics(job).write_text(json.dumps(figures))
+    if JOBS[job].tool.startswith("train"):
+        places.weights(job).touch()
 
 
 def test_table_8_without_coco_says_what_is_missing_and_exits_cleanly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -82,6 +84,7 @@ def test_every_command_would_be_accepted(job: str, places: Places) -> None:
     config = None if args.config is None else REPOSITORY / args.config
     load(config, args.overrides)
     assert "{" not in " ".join(word for word in words if "options" not in word)
+    assert any(word.startswith(f"data.root={places.data}/") for word in words), "data may lie elsewhere than where it was trained"
 
 
 def test_ours_stands_beside_the_papers(places: Places) -> None:
@@ -165,6 +168,34 @@ def test_without_coco_the_fine_tuning_waits(places: Places) -> None:
 
     assert "cocodataset.org" in reproduce("table10", places, run=True, runner=runner)
     assert ran == ["voc_vgg16", "voc_resnet101"]
+
+
+def test_weights_that_were_not_kept_are_made_again_only_where_they_are_needed(places: Places) -> None:
+    have_data(places, "coco")
+    jobs = jobs_of(TABLES["table9"])
+    for job in jobs:
+        finish(places, job, {"AP50": 0.45, "AP": 0.25})
+    for job in ("coco_resnet101", "coco_resnet101_context_trained"):
+        places.weights(job).unlink()
+    assert to_run(jobs, places) == []
+    places.metrics("coco_resnet101_refine").unlink()
+    assert to_run(jobs, places) == ["coco_resnet101", "coco_resnet101_refine"]
+
+
+def test_a_detector_that_is_there_is_fine_tuned_without_its_own_data(places: Places) -> None:
+    have_data(places, "voc")
+    figures = {"mAP_11_point": 0.7, **{f"VOC_11_point/{name}": 0.7 for name in _classes()}}
+    for job in ("voc_vgg16", "voc_resnet101", "coco_resnet101_context_trained"):
+        finish(places, job, figures)
+    ran: list[str] = []
+
+    def runner(words: list[str]) -> int:
+        ran.append(Path(words[words.index("--output") + 1]).name)
+        finish(places, ran[-1], figures)
+        return 0
+
+    reproduce("table10", places, run=True, runner=runner)
+    assert ran == ["voc_resnet101_from_coco", "voc_resnet101_from_coco_scales"]
 
 
 def test_weights_that_jobs_start_from_are_named(places: Places, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

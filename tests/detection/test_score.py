@@ -14,6 +14,7 @@ from detection.config import load_detection_config
 from detection.predict import detector_metadata
 from detection.validate import Validator
 from resbackbone.runtime.checkpoint import save_weights
+from resbackbone.runtime.config import save_config
 from tools import eval_coco, eval_voc
 
 TINY = [
@@ -75,6 +76,22 @@ def test_what_is_wrong_is_said_before_the_detector_runs(
 def test_vocs_figures_of_cocos_data_are_refused_at_once(weights: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert eval_voc.main(weights) == 1
     assert "data.kind=coco has none of VOC's figures; tools/eval_coco.py prints COCO's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_own"),
+    [([], True), (["eval.report=false", "data.workers=0"], True), (["model.test.refine=true"], False), (["data.min_size=32"], False)],
+)
+def test_a_run_keeps_its_own_figures(
+    settings: list[str], is_own: bool, weights: list[str], tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "seed_0"
+    run.mkdir()
+    save_config(load_detection_config(None, [f"data.root={tiny_coco}", *TINY]), run / "config.yaml")
+    assert eval_coco.main([*weights, "--output", str(run), *settings]) == (0 if is_own else 1)
+    assert (run / "eval/metrics.json").is_file() == is_own
+    if not is_own:
+        assert f"would be replaced by those of another test ({settings[0].partition('=')[0]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failing", ["report_records", "write_evaluation"])

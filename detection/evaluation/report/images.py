@@ -58,13 +58,21 @@ def tally(arrays: CocoArrays, errors: Errors, *, threshold: float) -> Tally:
     return Tally(right=right, wrong=wrong, unfound=objects - right)
 
 
-def choose_images(arrays: CocoArrays, errors: Errors, counts: Tally, *, most: int = MOST_IMAGES) -> np.ndarray:
-    """Up to `most` image positions, worst first: half the worst, a quarter the best, the rest the surest errors of every class and kind."""
+def choose_images(arrays: CocoArrays, errors: Errors, counts: Tally, *, other: Tally | None = None, most: int = MOST_IMAGES) -> np.ndarray:
+    """Up to `most` image positions, worst first: half the worst, a quarter the best, the rest the surest errors of every class and kind.
+
+    other: a second run's counts; then half are those on which the two differ most, and the others halve their parts.
+    """
     if len(arrays.image_ids) <= most:
         return np.lexsort((-(counts.wrong + counts.unfound), counts.quality))
     worst = np.lexsort((-(counts.wrong + counts.unfound), counts.quality))
     best = np.lexsort((-counts.right, -counts.quality))
-    wanted = dict.fromkeys([*worst[: most // 2].tolist(), *best[: most // 4].tolist()])
+    whole = most if other is None else most // 2
+    wanted = dict.fromkeys([*worst[: whole // 2].tolist(), *best[: whole // 4].tolist()])
+    if other is not None:
+        gap = np.abs(other.quality - counts.quality)
+        differing = np.argsort(-gap, kind="stable")[: int((gap > 0).sum())]
+        wanted |= dict.fromkeys(differing[: most // 2].tolist())
     for one in _telling(arrays, errors):
         if len(wanted) == most:
             break

@@ -223,7 +223,7 @@ function drawConfusion() {
   })));
   byId('matrix').replaceChildren(el('table', {}, el('caption', {class: 'quiet'}, left ? `The ${MOST_CLASSES} most frequent classes; ${left} more are in the list only` : ''), el('thead', {}, head), el('tbody', {}, rows)));
   const top = cells.filter(([there, called]) => there !== called && there !== K && called !== K).sort((a, b) => b[2] - a[2]).slice(0, 15);
-  byId('top-confusions').replaceChildren(...(top.length ? top.map(([there, called, times]) => el('li', {}, el('button', {type: 'button', onclick: () => { choose({cls: called, kind: 0}); byId('images').scrollIntoView(); }},
+  byId('top-confusions').replaceChildren(...(top.length ? top.map(([there, called, times]) => el('li', {}, el('button', {type: 'button', onclick: () => { choose({cls: called, kind: ANY}); byId('images').scrollIntoView(); }},
     `${label(there)}, called ${label(called)}: ${times}×`))) : [el('li', {}, 'none')]));
 }
 

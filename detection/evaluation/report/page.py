@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detection.evaluation.bootstrap import Interval, Verdicts, class_aps, compare_aps, draws, verdicts_of
+from detection.evaluation.bootstrap import Interval, Verdicts, affordable_draws, class_aps, compare_aps, draws, verdicts_of
 from detection.evaluation.coco import CocoEvaluation, class_names
 from detection.evaluation.coco_matching import IOUS, CocoArrays, coco_arrays
 from detection.evaluation.report.curves import SIZE_BORDERS, best_threshold, confusions, precision_recall, size_curve
@@ -54,32 +54,37 @@ class _Analysis:
     errors: Errors
     threshold: float
     counts: Tally
-    drawn: dict[str, np.ndarray]  # figure → (E, 1 + RESAMPLES) APs of each class (and IoU), in the data set and in draws of its images
+    drawn: dict[str, np.ndarray]  # figure → (E, 1 + draws) APs of each class (and IoU), in the data set and in draws of its images
 
 
 def write_report(folder: Path, run: Run, *, pictures: Pictures, other: Run | None = None, most_images: int = MOST_IMAGES) -> Path:
     """Write folder/index.html; returns its path. other: a second run on the same images, shown beside the first."""
-    analyses = [_analyse(one) for one in (run, other) if one is not None]
+    if other is not None and other.name == run.name:
+        run, other = replace(run, name=f"{run.name} (first)"), replace(other, name=f"{other.name} (second)")
+    analyses = _analyse_all([one for one in (run, other) if one is not None])
     path = folder / "index.html"
-    write_atomically(path, page(report_data(analyses, pictures, most_images=most_images)).encode())
+    write_atomically(path, page(report_data(analyses, pictures, most_images=most_images)).encode(errors="replace"))  # lone surrogates
     return path
 
 
-def _analyse(run: Run) -> _Analysis:
-    arrays = coco_arrays(run.evaluation.truth, run.evaluation.numbers)
+def _analyse_all(runs: list[Run]) -> list[_Analysis]:
+    """With the same draws for every figure and every run, so that runs are compared on the same images."""
+    all_arrays = [coco_arrays(run.evaluation.truth, run.evaluation.numbers) for run in runs]
+    coco = [verdicts_of(arrays) for arrays in all_arrays]
+    resamples = min(affordable_draws(verdicts, most=RESAMPLES) for verdicts in coco)
+    times = draws(len(all_arrays[0].image_ids), resamples=resamples)
+    return [_analyse(*one, times) for one in zip(runs, all_arrays, coco, strict=True)]
+
+
+def _analyse(run: Run, arrays: CocoArrays, coco: Verdicts, times: np.ndarray) -> _Analysis:
     errors = find_errors(arrays)
     threshold = best_threshold(arrays, errors)
     counts = tally(arrays, errors, threshold=threshold)
-    return _Analysis(run=run, arrays=arrays, errors=errors, threshold=threshold, counts=counts, drawn=_drawn(run, arrays))
-
-
-def _drawn(run: Run, arrays: CocoArrays) -> dict[str, np.ndarray]:
-    """The same draws for every figure and every run, so that runs are compared on the same images."""
     assert IOUS[0] == 0.5
-    times = draws(len(arrays.image_ids), resamples=RESAMPLES)
-    coco = class_aps(verdicts_of(arrays), times)
-    own = {name: class_aps(verdicts, times) for name, verdicts in run.verdicts.items()}
-    return own | {"AP": coco, "AP50": coco[: len(arrays.category_ids)]}
+    aps = class_aps(coco, times)
+    drawn = {name: class_aps(verdicts, times) for name, verdicts in run.verdicts.items()}
+    drawn |= {"AP": aps, "AP50": aps[: len(arrays.category_ids)]}
+    return _Analysis(run=run, arrays=arrays, errors=errors, threshold=threshold, counts=counts, drawn=drawn)
 
 
 def report_data(analyses: list[_Analysis], pictures: Pictures, *, most_images: int) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def report_data(analyses: list[_Analysis], pictures: Pictures, *, most_images: i
         "crowds": int(arrays.object_crowd.sum()),
         "imageCount": len(arrays.image_ids),
         "runs": [_run_data(one) for one in analyses],
-        "resamples": RESAMPLES,
+        "resamples": first.drawn["AP"].shape[1] - 1,
         "comparison": _comparison(*(one.drawn for one in analyses)) if len(analyses) == 2 else None,
         "images": _image_data(analyses, pictures, most_images),
     }
@@ -169,7 +174,8 @@ def _interval(found: Interval) -> list[float]:
 
 def _image_data(analyses: list[_Analysis], pictures: Pictures, most: int) -> list[dict[str, Any]]:
     first, images, size = analyses[0], [], 0
-    for position in choose_images(first.arrays, first.errors, first.counts, most=most).tolist():
+    other = analyses[1].counts if len(analyses) == 2 else None
+    for position in choose_images(first.arrays, first.errors, first.counts, other=other, most=most).tolist():
         image_id = int(first.arrays.image_ids[position])
         height, width = pictures.sizes.get(image_id, (0, 0))
         if min(height, width) < 1:

@@ -164,11 +164,13 @@ def results_file(given: Path) -> Path:
 
 
 def run_name(given: Path) -> str:
-    """What a report calls a run: its folder's name, or the file's where it lies in no run's folder."""
+    """What a report calls a run: its folder's name, with that above it for one seed of several, or the file's where it lies in no run's."""
     given = Path(os.path.abspath(given))
     if given.name == "detections.json" and given.parent.name == "eval":
-        return given.parents[1].name
-    return given.name if given.is_dir() else given.stem
+        given = given.parents[1]
+    elif not given.is_dir():
+        return given.stem
+    return f"{given.parent.name}/{given.name}" if given.name.startswith("seed_") else given.name
 
 
 def _coco_run(annotations: Path, given: Path, engine: Engine) -> Run:

@@ -108,6 +108,26 @@ def test_the_images_shown_are_the_worst_and_the_best() -> None:
     assert len(choose_images(arrays, errors, counts, most=500)) == 120
 
 
+def test_of_two_runs_the_images_that_tell_them_apart_are_shown() -> None:
+    """The first finds everything in all but the first 10 images; the second misses 30 of the others."""
+    source = shapes(200)
+    truth = source.annotations.to_coco()
+    rows = [{key: one[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for one in truth["annotations"]]
+    counts = []
+    for missing in (range(1, 11), range(101, 131)):
+        evaluation = evaluate_coco_fully(truth, [row for row in rows if row["image_id"] not in missing])
+        arrays = coco_arrays(evaluation.truth, evaluation.numbers)
+        errors = find_errors(arrays)
+        counts.append((arrays, errors, tally(arrays, errors, threshold=0.5)))
+    (arrays, errors, first), second = counts[0], counts[1][2]
+    differ = set(np.flatnonzero(first.quality != second.quality).tolist())
+    alone = set(choose_images(arrays, errors, first, most=80).tolist())
+    both = set(choose_images(arrays, errors, first, other=second, most=80).tolist())
+    assert len(alone) == len(both) == 80
+    assert differ <= both
+    assert not differ <= alone
+
+
 def test_a_rare_error_is_shown_though_its_image_is_middling() -> None:
     """Half of the images find nothing, the others everything, and one of these claims one thing too much."""
     source = shapes(60)

@@ -149,6 +149,11 @@ def test_voc_has_its_own_figures_too(shared_data: Path, tmp_path: Path) -> None:
     assert parsed(tmp_path / "strict")[1]["runs"][0]["figures"]["mAP"] == stricter["mAP"] == pytest.approx(0.353917, abs=1e-6)
 
 
+def _moved(value: float, drawn: np.ndarray) -> list[float]:
+    """The figure and the interval of its draws, less what these lie above it on average."""
+    return [value, *(np.quantile(drawn, [0.025, 0.975]) - (drawn.mean() - value))]
+
+
 def test_intervals_are_those_of_a_literal_bootstrap(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """VOC's means on images copied by hand, as often as each was drawn; of one run, and of two on the same draws."""
     monkeypatch.setattr(page, "RESAMPLES", 30)
@@ -166,10 +171,10 @@ def test_intervals_are_those_of_a_literal_bootstrap(shared_data: Path, tmp_path:
     drawn = np.array(literal)  # (30, 2 runs, 2 figures)
     for number, name in enumerate(("mAP", "mAP_11_point")):
         for run, one in zip(data["runs"], drawn[:, :, number].T, strict=True):
-            assert run["intervals"][name] == pytest.approx([run["figures"][name], *np.quantile(one, [0.025, 0.975])], abs=1e-12)
+            assert run["intervals"][name] == pytest.approx(_moved(run["figures"][name], one), abs=1e-12)
         gains = drawn[:, 1, number] - drawn[:, 0, number]
         first, second = (run["figures"][name] for run in data["runs"])
-        assert data["comparison"]["overall"][name] == pytest.approx([second - first, *np.quantile(gains, [0.025, 0.975])], abs=1e-12)
+        assert data["comparison"]["overall"][name] == pytest.approx(_moved(second - first, gains), abs=1e-12)
         assert np.ptp(gains) > 0.005
     assert data["runs"][0]["figures"]["mAP"] == printed["mAP"]
     assert data["resamples"] == 30
@@ -279,6 +284,27 @@ def test_names_of_runs() -> None:
     assert run_name(Path("runs/r50/eval/detections.json")) == "r50"
     assert run_name(Path("runs/found.json")) == "found"
     assert run_name(REPOSITORY / "tools") == "tools"
+    assert run_name(Path("gain/runs/vgg16/seed_0/eval/detections.json")) == "vgg16/seed_0"
+
+
+def test_two_runs_of_one_name_are_told_apart(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "RESAMPLES", 5)
+    truth, found = known_answer(shared_data)
+    evaluate_coco_files(truth, found, report=tmp_path, compare=found)
+    names = [run["name"] for run in parsed(tmp_path)[1]["runs"]]
+    assert names == [f"{found.stem} (first)", f"{found.stem} (second)"]
+
+
+def test_names_that_are_no_text_are_shown_with_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "RESAMPLES", 5)
+    truth = {
+        "images": [{"id": 1, "file_name": "a\ud800.jpg", "height": 9, "width": 9}],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "x"}],
+    }
+    files = [write_json(tmp_path / "truth.json", truth), write_json(tmp_path / "found.json", [])]
+    evaluate_coco_files(*files, report=tmp_path / "report")
+    assert "a?.jpg" in (tmp_path / "report/index.html").read_text()
 
 
 def test_the_tools_write_it_and_say_where(
