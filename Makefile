@@ -4,7 +4,7 @@
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-frameworks lint bench clean
+.PHONY: help demo test test-slow test-gpu test-frameworks lint bench clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -19,6 +19,9 @@ test: .venv-test/stamp ## every test but the slow ones
 
 test-slow: .venv-test/stamp ## the slow tests: kill and resume, short trainings
 	.venv-test/bin/python -m pytest -q -m slow
+
+test-gpu: .venv-test/stamp ## the tests that need a CUDA device
+	.venv-test/bin/python -m pytest -q -m gpu
 
 test-frameworks: .venv-frameworks/stamp ## our networks in MMDetection, in an environment of its own; detectron2 where it is installed
 	.venv-frameworks/bin/python -m pytest -q tests/frameworks tests/resbackbone/integrations/test_integration_docs.py

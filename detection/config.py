@@ -122,7 +122,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     channels_last: bool = True  # what convolutions want on CPU and GPU alike
     seed: int = 0
-    deterministic: bool = False  # on a GPU: two runs equal bit for bit, and slower; on the CPU they are anyway
+    deterministic: bool = False  # on a GPU: operators that repeat bit for bit, where torch has such (it names those it lacks); slower
     accumulate: int = 1  # forward passes per optimiser step
     clip_norm: float | None = None
     ema: float | None = None  # decay, e.g. 0.9998
