@@ -16,12 +16,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from detection.build import build_detector
 from detection.config import DetectionConfig, chosen_device, load_split
-from detection.data.annotations import Annotations
+from detection.data.dataset import DetectionDataset
 from detection.data.images import resized_size
+from detection.data.source import Source
 from detection.out_of_memory import what_helps
 from detection.structures import Batch, Target
 from detection.train_state import TrainState
@@ -90,7 +92,7 @@ def largest_batch(config: DetectionConfig, *, limit_mb: float | None = None, log
     try:
         if process.world_size > 1:
             raise InputError("--largest-batch measures one process; start it without torchrun and multiply by the number of GPUs")
-        demand = demand_of(config, load_split(config, "train").annotations)
+        demand = demand_of(config, load_split(config, "train"))
         limit_mb = (1 - MARGIN) * _left_mb(process.device) if limit_mb is None else limit_mb
         height, width = demand.size
         log(f"images of {height}×{width} px, the largest by data.min_size and data.max_size, with {demand.boxes} boxes, the most there are")
@@ -109,11 +111,17 @@ def largest_batch(config: DetectionConfig, *, limit_mb: float | None = None, log
     return answer
 
 
-def demand_of(config: DetectionConfig, annotations: Annotations) -> Demand:
-    """Wide and tall images meet in the last batches of an epoch, and a batch is padded to the tallest and the widest."""
-    largest = max(config.data.min_size)
-    sizes = [resized_size(*size, min_size=largest, max_size=config.data.max_size) for size in set(map(tuple, annotations.sizes.tolist()))]
-    boxes = (annotations.offsets[1:] - annotations.offsets[:-1]).max()
+def demand_of(config: DetectionConfig, source: Source) -> Demand:
+    """Wide and tall images meet in the last batches of an epoch, and a batch is padded to the tallest and the widest.
+
+    Raises InputError for what training would refuse, no image among it.
+    """
+    data, annotations = config.data, source.annotations
+    # Which images are used, and that there are any, is decided in one place.
+    used = DetectionDataset(source, min_size=data.min_size, max_size=data.max_size, train=True, empty_images=data.empty_images).keep
+    largest = max(data.min_size)
+    sizes = [resized_size(*size, min_size=largest, max_size=data.max_size) for size in set(map(tuple, annotations.sizes[used].tolist()))]
+    boxes = np.diff(annotations.offsets)[used].max()
     heights, widths = zip(*sizes, strict=True)
     return Demand(size=(max(heights), max(widths)), boxes=int(boxes), masks=config.model.mask, classes=len(annotations.classes))
 

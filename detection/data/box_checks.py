@@ -10,6 +10,9 @@ import numpy as np
 from .problems import ProblemLog
 
 ROUNDING_PX = 1.0  # annotation tools round outwards; sticking out this little is cut without a word
+# Boxes are kept in float32, then scaled and mirrored, after which a thinner one may have no side left. Below 8,192 pixels float32's steps
+# are under 0.001, and scaling leaves the ratio of the two as it is.
+THINNEST_PX = 0.01
 
 
 def check_boxes(
@@ -29,16 +32,18 @@ def check_boxes(
         negative = finite & (spans < 0).any(axis=1)
         empty = finite & ~negative & (spans == 0).any(axis=1)
         outside = finite & ~negative & ~empty & (inside <= 0).any(axis=1)
-        good = finite & ~negative & ~empty & ~outside
+        sliver = finite & ~negative & ~empty & ~outside & (inside < THINNEST_PX).any(axis=1)
+        good = finite & ~negative & ~empty & ~outside & ~sliver
         partly = good & (np.abs(boxes - clipped) > ROUNDING_PX).any(axis=1)
-    found = {
-        "box_not_finite": (~finite, "is not made of finite numbers; correct or delete it"),
-        "box_negative": (negative, "has a negative width or height (corners swapped?); write the smaller corner first"),
-        "box_zero_area": (empty, "has no area"),
-        "box_outside": (outside, "lies wholly outside its image of {}×{} (width×height)"),
-        "box_partly_outside": (partly, "sticks out of its image of {}×{} (width×height)"),
-    }
-    for kind, (rows, words) in found.items():
+    found = [
+        ("box_not_finite", ~finite, "is not made of finite numbers; correct or delete it"),
+        ("box_negative", negative, "has a negative width or height (corners swapped?); write the smaller corner first"),
+        ("box_zero_area", empty, "has no area"),
+        ("box_zero_area", sliver, f"is thinner than {THINNEST_PX} pixels within its image of {{}}×{{}} (width×height), as good as no area"),
+        ("box_outside", outside, "lies wholly outside its image of {}×{} (width×height)"),
+        ("box_partly_outside", partly, "sticks out of its image of {}×{} (width×height)"),
+    ]
+    for kind, rows, words in found:
         for b in np.flatnonzero(rows).tolist():
             log.add(kind, f"{describe(b)} {words.format(int(sizes[b, 1]), int(sizes[b, 0]))}", **where(b))
     return clipped, good

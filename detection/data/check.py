@@ -61,7 +61,7 @@ def check_coco(json_path: Path, images: Path, *, exif: bool = True, decode: bool
         if not what:
             raise InputError(f"{path}: there is no such {'file' if path == json_path else 'folder'}")
     report = CheckReport()
-    report.add(str(json_path), *scan_files(json_path, images, masks=True, exif=exif), decode=decode)
+    report.add(str(json_path), *scan_files(json_path, images, masks=None, exif=exif), decode=decode)
     return report
 
 

@@ -8,16 +8,15 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from resbackbone.errors import InputError, nearest
 
 from .annotations import Annotations, assemble
 from .box_checks import check_boxes
-from .coco_json import CocoFile, CocoFileWithMasks, CocoObjectWithMask, read_coco_file
+from .coco_json import CocoFile, CocoFileWithMasks, CocoObjectWithMask, read_coco_file, read_segmentation
 from .join import join_sources
-from .masks import PackedMasks, compress_counts
+from .masks import FARTHEST_PX, PackedMasks, compress_counts
 from .problems import ProblemLog
 from .source import FolderSource, check_file_names
 
@@ -25,6 +24,8 @@ HOW_TO_GET = (
     "COCO 2017 is at https://cocodataset.org/#download: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip into one "
     "folder, so that it holds train2017/, val2017/ and annotations/instances_train2017.json, and set data.root to that folder"
 )
+
+NO_SEGMENTATION = (b"", b"[]", b"null")
 
 
 def load(
@@ -54,12 +55,14 @@ def scan(
     return (join_sources(parts, root, log) if len(parts) == len(scanned) else None), log
 
 
-def scan_files(json_path: Path, folder: Path, *, masks: bool = False, exif: bool = True) -> tuple[FolderSource | None, ProblemLog]:
-    """`scan` for a JSON and an image folder anywhere."""
+def scan_files(json_path: Path, folder: Path, *, masks: bool | None = False, exif: bool = True) -> tuple[FolderSource | None, ProblemLog]:
+    """`scan` for a JSON and an image folder anywhere. masks: None reads them where any object has one: a file of boxes alone is sound."""
     log = ProblemLog()
-    content = read_coco_file(json_path, log, masks=masks)
+    content = read_coco_file(json_path, log, masks=masks is not False)
     if content is None:
         return None, log
+    if masks is None:
+        masks = any(bytes(one.segmentation) not in NO_SEGMENTATION for one in content.annotations if isinstance(one, CocoObjectWithMask))
     annotations = _to_arrays(content, json_path, folder, log, masks=masks)
     return FolderSource(annotations=annotations, folder=folder, annotation_file=json_path, exif=exif), log
 
@@ -191,36 +194,51 @@ def _note_unknown(
 def _pack_masks(objects: list[Any], rows: np.ndarray, sizes: np.ndarray, path: Path, log: ProblemLog) -> PackedMasks:
     """The segmentations of the kept boxes, checked, uncompressed run lengths compressed; one at a time, COCO's would fill the memory."""
 
+    def note(row: int, words: str) -> None:
+        record = objects[row]
+        log.add("bad_mask", f"its segmentation cannot be used: {words}", file=path, image=record.image_id, annotation=record.id)
+
     def checked() -> Iterator[Any]:
         for row, (height, width) in zip(rows.tolist(), sizes.tolist(), strict=True):
-            record = objects[row]
             try:
-                yield _segmentation(record, height, width)
-            except (ValueError, TypeError) as error:
-                place = {"file": path, "image": record.image_id, "annotation": record.id}
-                log.add("bad_mask", f"its segmentation cannot be used: {error}", **place)
+                yield _segmentation(objects[row], height, width)
+            except (ValueError, OverflowError, RecursionError) as error:
+                note(row, str(error))
                 yield []
 
-    return PackedMasks.pack(checked())
+    packed = PackedMasks.pack(checked())
+    bad_codes, far = packed.broken(sizes.prod(axis=1))
+    for box in bad_codes.tolist():
+        height, width = sizes[box].tolist()
+        note(rows[box], f"its counts are no run-length code of {height} × {width} pixels; encode the mask anew or delete the annotation")
+    for box in far.tolist():
+        note(rows[box], f"a coordinate of its polygons is beyond ±{FARTHEST_PX:,.0f} pixels; correct it or delete the annotation")
+    return packed.without(np.concatenate([bad_codes, far])) if len(bad_codes) + len(far) else packed
 
 
 def _segmentation(record: CocoObjectWithMask, height: int, width: int) -> list[list[float]] | dict[str, Any]:
-    """One segmentation as `PackedMasks.pack` takes it. Raises ValueError saying what is wrong."""
-    text = bytes(record.segmentation)
-    value = msgspec.json.decode(text) if text else None
-    if isinstance(value, dict):
-        if list(value.get("size", ())) != [height, width]:
-            raise ValueError(f"the run-length code is for size {value.get('size')}, the image has [{height}, {width}] (height, width)")
-        counts = value.get("counts")
-        if isinstance(counts, list):
-            if sum(counts) != height * width:
-                raise ValueError(f"its run lengths sum to {sum(counts)}, not to the image's {height * width} pixels")
-            return {"counts": compress_counts(counts, height, width)}
-        if not isinstance(counts, str):
-            raise ValueError("its run-length code has no counts")
-        return {"counts": counts}
-    # Fewer than three corners enclose nothing; COCO's tools take four numbers for a box.
-    polygons = [polygon for polygon in value or () if len(polygon) >= 6 and len(polygon) % 2 == 0]
-    if not polygons:
-        raise ValueError("it has no polygon of three corners or more, and no run-length code")
-    return polygons
+    """One segmentation as `PackedMasks.pack` takes it without fail. Raises ValueError saying what is wrong.
+
+    How far the points lie, and what compressed counts mean, is checked for all at once by `PackedMasks.broken`: one by one takes longer.
+    """
+    value = read_segmentation(record)
+    if isinstance(value, list):
+        # Fewer than three corners enclose nothing; COCO's tools take four numbers for a box.
+        polygons = [polygon for polygon in value if len(polygon) >= 6 and len(polygon) % 2 == 0]
+        if not polygons:
+            raise ValueError("it has no polygon of three corners or more, and no run-length code")
+        return polygons
+    counts, (stated_height, stated_width) = value.counts, value.size
+    if (stated_height, stated_width) != (height, width):
+        stated = f"[{stated_height:.15g}, {stated_width:.15g}]"
+        raise ValueError(f"the run-length code is for size {stated}, the image has [{height}, {width}] (height, width)")
+    if isinstance(counts, list):
+        wrong = next((run for run in counts if run < 0 or run % 1), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong:.15g} is among its run lengths; they are whole numbers of pixels from 0 on")
+        if sum(counts) != height * width:
+            raise ValueError(f"its run lengths sum to {sum(counts):.15g}, not to the image's {height * width} pixels")
+        return {"counts": compress_counts([int(run) for run in counts], height, width)}
+    if not counts or not counts.isascii():
+        raise ValueError(f"its run-length code has {'other than ASCII characters' if counts else 'nothing'} in counts")
+    return {"counts": counts}

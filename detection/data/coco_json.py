@@ -47,6 +47,13 @@ class CocoObjectWithMask(CocoObject, gc=False):
     segmentation: msgspec.Raw = msgspec.Raw()
 
 
+class CocoRunLengths(msgspec.Struct, gc=False):
+    """COCO's run-length code of a mask: size is (height, width), counts its compressed text or a list. Writers may put 5.0 for 5."""
+
+    size: tuple[float, float]
+    counts: str | list[float]
+
+
 class CocoFile(msgspec.Struct):
     """The three lists of an instances file."""
 
@@ -63,13 +70,28 @@ class CocoFileWithMasks(msgspec.Struct):
     categories: list[CocoCategory]
 
 
+_SEGMENTATION = msgspec.json.Decoder(list[list[float]] | CocoRunLengths)
+
+
+def read_segmentation(record: CocoObjectWithMask) -> list[list[float]] | CocoRunLengths:
+    """Polygons or a run-length code, each number checked to be one. Raises ValueError saying what else is there."""
+    if not bytes(record.segmentation):
+        raise ValueError("the annotation has none; masks need a list of polygons or a run-length code")
+    try:
+        return _SEGMENTATION.decode(record.segmentation)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text, _, place = str(error).replace("$", "").partition(" - at ")
+        found = f"{text[0].lower()}{text[1:]}{' at ' if place else ''}{place}".replace("`null`", "`null` (or NaN)")
+        raise ValueError(f"{found}; write polygons [[x1, y1, x2, y2, …], …] or {{size: [height, width], counts}}") from None
+
+
 def read_coco_file(path: Path, log: ProblemLog, *, masks: bool) -> CocoFile | CocoFileWithMasks | None:
     """The records of a COCO file; damaged ones are left out and noted in `log`. None where nothing can be read."""
     data = path.read_bytes()
     try:
         kind: type[Any] = CocoFileWithMasks if masks else CocoFile
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _read_leniently(data, path, log, masks=masks)
 
 
@@ -82,6 +104,12 @@ def _read_leniently(data: bytes, path: Path, log: ProblemLog, *, masks: bool) ->
         return None
     except UnicodeDecodeError:
         log.add("not_json", "not valid JSON: the file is not UTF-8 text", file=path)
+        return None
+    except RecursionError:
+        log.add("not_json", "its lists are nested too deeply to be read", file=path)
+        return None
+    except ValueError as error:  # a whole number of more than 4300 digits
+        log.add("not_json", f"it cannot be read: {error}", file=path)
         return None
     if not isinstance(content, dict):
         log.add(
@@ -119,9 +147,16 @@ def _records(raw: list[Any], kind: type, what: str, path: Path, log: ProblemLog)
             _note(error, entry, position, what, path, log)
             continue
         if isinstance(record, CocoObjectWithMask) and segmentation is not None:
-            record.segmentation = msgspec.Raw(msgspec.json.encode(segmentation))
+            record.segmentation = msgspec.Raw(_as_json(segmentation))
         good.append(record)
     return good
+
+
+def _as_json(value: Any) -> bytes:
+    try:
+        return msgspec.json.encode(value)  # NaN becomes null
+    except (UnicodeEncodeError, OverflowError):
+        return json.dumps(value).encode()  # half a character of UTF-16 stays escaped, for `read_segmentation` to refuse
 
 
 def _note(error: msgspec.ValidationError, entry: Any, position: int, what: str, path: Path, log: ProblemLog) -> None:

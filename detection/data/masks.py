@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from .arrays import SharedArrays, offsets_of, ragged_positions, take_ragged
+from .run_lengths import broken_codes
+
+FARTHEST_PX = 1e6  # COCO's C code counts an outline's pixels, at five times the size, in 32 bits, and takes memory for each
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +72,23 @@ class PackedMasks(SharedArrays):
             points=points, polygon_offsets=polygon_offsets, box_offsets=box_offsets, rle_bytes=rle_bytes, rle_offsets=rle_offsets
         )
 
+    def broken(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes whose run-length code isn't one of `pixels` int64 [B], its image's; and boxes with a point that is_drawable refuses."""
+        coded = np.flatnonzero(np.diff(self.rle_offsets))
+        ends = self.rle_offsets[np.append(coded, len(pixels))]  # between two coded boxes there are no bytes
+        bad_codes = coded[broken_codes(self.rle_bytes, ends, pixels[coded])]
+        # Without an array of so many absolute values where all is well; NaN makes either comparison false.
+        is_near = not len(self.points) or (self.points.min() >= -FARTHEST_PX and self.points.max() <= FARTHEST_PX)
+        far = np.zeros(0, np.int64) if is_near else np.flatnonzero(~(np.abs(self.points) <= FARTHEST_PX))
+        polygons = np.searchsorted(self.polygon_offsets, far, side="right") - 1
+        return bad_codes, np.unique(np.searchsorted(self.box_offsets, polygons, side="right") - 1)
+
+    def without(self, boxes: np.ndarray) -> PackedMasks:
+        """The same with nothing for `boxes`."""
+        order = np.arange(len(self.rle_offsets) - 1)
+        order[boxes] = len(order)
+        return PackedMasks.concatenate([self, PackedMasks.pack([[]])]).take(order)
+
     def segmentation(self, index: int, height: int, width: int) -> Any:
         """Mask `index` as COCO writes it: a list of polygons, or {"size", "counts"} with the counts as text."""
         code = self.rle_bytes[self.rle_offsets[index] : self.rle_offsets[index + 1]]
@@ -88,6 +108,11 @@ class PackedMasks(SharedArrays):
         if not segmentation:
             return np.zeros((height, width), dtype=np.uint8)
         return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
+
+
+def is_drawable(coordinates: Sequence[float]) -> bool:
+    """Whether all are finite and near enough for COCO's C code, which loops or ends the process otherwise."""
+    return all(-FARTHEST_PX <= number <= FARTHEST_PX for number in coordinates)  # False for NaN
 
 
 def compress_counts(counts: Sequence[int], height: int, width: int) -> str:

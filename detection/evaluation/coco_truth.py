@@ -10,8 +10,9 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from detection.data.masks import FARTHEST_PX, is_drawable
+from detection.data.run_lengths import broken_masks
 from detection.evaluation.rows import Box, Id, RunLengths, check_known, name_of, read_typed
-from detection.evaluation.run_lengths import broken_masks
 from resbackbone.errors import InputError
 
 IouType = Literal["bbox", "segm", "keypoints"]
@@ -109,10 +110,24 @@ def _check_ids(content: _File, where: str) -> None:
 def _check_object(one: Object, where: str) -> None:
     if not np.isfinite((*one.bbox, one.area or 0.0)).all():
         raise InputError(f"{where}: bbox {list(one.bbox)}, area {one.area}: not finite numbers; correct or delete it")
-    if isinstance(one, KeypointObject) and len(one.keypoints) != 3 * KEYPOINTS:
-        raise InputError(f"{where}: {len(one.keypoints)} numbers in keypoints; COCO's measure is defined for {KEYPOINTS} points [x, y, v]")
-    if isinstance(one, MaskObject) and isinstance(one.segmentation, list) and not segmentation_of(one.segmentation):
-        raise InputError(f"{where}: no polygon of three corners or more, and no run-length code, in segmentation")
+    if isinstance(one, KeypointObject):
+        if len(one.keypoints) != 3 * KEYPOINTS:
+            words = f"{len(one.keypoints)} numbers in keypoints; COCO's measure is defined for {KEYPOINTS} points [x, y, v]"
+            raise InputError(f"{where}: {words}")
+        _check_coordinates(one.keypoints, f"{where}, keypoints")
+    if isinstance(one, MaskObject) and isinstance(one.segmentation, list):
+        polygons = segmentation_of(one.segmentation)
+        if not polygons:
+            raise InputError(f"{where}: no polygon of three corners or more, and no run-length code, in segmentation")
+        for polygon in polygons:
+            _check_coordinates(polygon, f"{where}, segmentation")
+
+
+def _check_coordinates(numbers: list[float], where: str) -> None:
+    # With NaN or 10^9 among them pycocotools loops or writes beyond its memory, and hotcoco gives figures of its own.
+    if not is_drawable(numbers):
+        wrong = next(number for number in numbers if not is_drawable((number,)))
+        raise InputError(f"{where}: {wrong} is no coordinate; write finite pixels within ±{FARTHEST_PX:,.0f}, or delete the annotation")
 
 
 def _check_masks(content: _File, where: str) -> None:

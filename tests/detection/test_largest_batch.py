@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -107,8 +108,8 @@ def test_memory_that_does_not_grow_is_no_reason_to_divide_by_zero() -> None:
 def test_the_most_that_data_can_ask_for(tiny_coco: Path) -> None:
     """Images of 48×64 and 64×48: a mixed batch is padded to 64×64, at the largest of the sizes trained at."""
     config = tiny(f"data.root={tiny_coco}", "model.mask=true")
-    annotations = load_split(config, "train").annotations
-    demand = demand_of(config, annotations)
+    source = load_split(config, "train")
+    demand, annotations = demand_of(config, source), source.annotations
     counts = [annotations.of_image(index).stop - annotations.of_image(index).start for index in range(len(annotations))]
     assert demand == Demand(size=(64, 64), boxes=max(counts), masks=True, classes=2)
     batch = demand.batch(3)
@@ -117,6 +118,32 @@ def test_the_most_that_data_can_ask_for(tiny_coco: Path) -> None:
     assert [(len(target.boxes), target.masks.shape) for target in batch.targets if target.masks is not None] == [
         (demand.boxes, (demand.boxes, 64, 64))
     ] * 3
+
+
+@pytest.mark.parametrize("keep", [[], ["images"]])
+def test_nothing_to_train_on_is_said_as_in_training(keep: list[str], tiny_coco: Path, tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train2017").symlink_to(tiny_coco / "train2017")
+    content = json.loads((tiny_coco / "annotations" / "instances_train2017.json").read_text())
+    content = {key: value if key == "categories" or key in keep else [] for key, value in content.items()}
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"no image is left to use.*data\.train"):
+        largest_batch(tiny(f"data.root={tmp_path}"), limit_mb=1000, log=lambda text: None)
+
+
+def test_images_that_training_drops_ask_for_nothing(tiny_coco: Path, tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train2017").symlink_to(tiny_coco / "train2017")
+    path = tiny_coco / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    wide = [one["id"] for one in content["images"] if one["width"] == 64]
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in wide]
+    (tmp_path / "annotations" / path.name).write_text(json.dumps(content))
+    sizes = {}
+    for rule in ("drop", "keep"):
+        config = tiny(f"data.root={tmp_path}", f"data.empty_images={rule}")
+        sizes[rule] = demand_of(config, load_split(config, "train")).size
+    assert sizes == {"drop": (48, 64), "keep": (64, 64)}
 
 
 @pytest.mark.parametrize("mask", ["false", "true"])

@@ -6,7 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 from detection.data.check import check_coco, check_splits, check_voc
@@ -149,6 +152,38 @@ def test_all_damage_of_one_file_in_one_pass(coco_with: Callable[..., Path]) -> N
         ("wrong_size", 2, None),
         ("unreadable_image", 3, None),
     }
+
+
+@pytest.mark.parametrize("nothing", [None, [], "left out"])
+def test_a_file_of_boxes_alone_is_sound(tmp_path: Path, nothing: Any) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((60, 80, 3), np.uint8))
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "iscrowd": 0}
+    content: dict[str, Any] = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 60, "width": 80}],
+        "categories": [{"id": 1, "name": "x"}],
+    }
+    content["annotations"] = [box | ({} if nothing == "left out" else {"segmentation": nothing})]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    assert check_coco(tmp_path / "boxes.json", tmp_path).problems == []
+    outline = {"id": 2, "segmentation": [[1, 1, 9, 1, 9, 9]]}
+    content["annotations"].append(box | outline)
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    assert kinds_of(check_coco(tmp_path / "boxes.json", tmp_path)) == ["bad_mask"]
+
+
+def test_bad_masks_are_among_them(coco_with: Callable[..., Path]) -> None:
+    root = coco_with(None, None, "zero_bytes.jpg", None)
+    path = root / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segmentation"] = {"size": [228, 320], "counts": "zzzzzzzzzzzz"}
+    content["annotations"][1]["segmentation"] = {"size": [228, 320], "counts": [-5, 72965]}
+    content["annotations"][2]["segmentation"] = [[1e9, 0, 2e9, 1e9, 5, 5]]
+    content["annotations"][3]["segmentation"] = [["a", 1, 2, 3, 4, 5]]
+    path.write_text(json.dumps(content))
+    report = check_coco(path, root / "train")
+    masks = [("bad_mask", number, number) for number in (1, 2, 3, 4)]
+    assert {(one.kind, one.image, one.annotation) for one in report.problems} == {*masks, ("unreadable_image", 3, None)}
+    assert report.refused
 
 
 def test_real_data_has_no_refused_problem(coco_mini: Path, shared_data: Path) -> None:

@@ -205,6 +205,20 @@ def test_other_json_is_refused_in_words(tmp_path: Path, text: str) -> None:
         load_source("coco", tmp_path, "odd.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"[" * 100_000, "nested too deeply|cut off"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b"[" + b"1" * 5000 + b"]", "cannot be read"),
+    ],
+)
+def test_json_that_pythons_parser_gives_up_on(tmp_path: Path, text: bytes, words: str) -> None:
+    (tmp_path / "odd.json").write_bytes(b'{"images": [], "categories": [], "annotations": ' + text + b"}")
+    with pytest.raises(InputError, match=words):
+        load_source("coco", tmp_path, "odd.json")
+
+
 def test_an_absent_root_says_how_to_get_coco(tmp_path: Path, coco_mini: Path) -> None:
     with pytest.raises(InputError, match=r"no such folder.*cocodataset\.org.*train2017.*data\.root"):
         load_source("coco", tmp_path / "nowhere", "train2017")

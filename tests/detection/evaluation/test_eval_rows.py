@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from detection.evaluation.coco import evaluate_coco
+from detection.evaluation.coco import ENGINES, evaluate_coco
 from detection.evaluation.rows import BoxRow, read_rows
 from resbackbone.errors import InputError
 
@@ -131,12 +131,27 @@ def test_bad_masks(change: dict[str, Any], words: str) -> None:
         ({"segmentation": []}, r"annotations\[0\] \(id 1\): no polygon of three corners"),
         ({"segmentation": [[1, 2, 3, 4]]}, "no polygon of three corners"),
         ({"segmentation": {"size": [20, 30], "counts": "9"}}, r"annotations\[0\]: the mask's counts are no run-length code"),
+        (  # pycocotools ends the process with these
+            {"segmentation": [[1, 2, 11, 2, 11, 12], [1e9, 0, 2e9, 1e9, 5, 5]]},
+            r"annotations\[0\] \(id 1\), segmentation: 1000000000.0 is no coordinate; write finite pixels within ±1,000,000",
+        ),
+        ({"segmentation": [[1, 2, 11, float("nan"), 11, 12]]}, "segmentation: nan is no coordinate|nothing \\(null or NaN\\)"),  # loops
+        ({"segmentation": [[1, 2, 11, float("-inf"), 11, 12]]}, "segmentation: -inf is no coordinate|nothing \\(null or NaN\\)"),
     ],
 )
 def test_bad_true_masks(change: dict[str, Any], words: str) -> None:
     truth = MASK_TRUTH | {"annotations": [MASK_TRUTH["annotations"][0] | change]}
     with pytest.raises(InputError, match=words):
         evaluate_coco(truth, [MASK_ROW], iou_type="segm")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_farthest_coordinates_that_pass_are_fine_for_the_engines(engine: Any) -> None:
+    pytest.importorskip("hotcoco" if engine == "hotcoco" else "pycocotools")
+    whole = [[-1e6, -1e6, 1e6, -1e6, 1e6, 1e6, -1e6, 1e6]]
+    truth = MASK_TRUTH | {"annotations": [MASK_TRUTH["annotations"][0] | {"segmentation": whole}]}
+    row = ROW | {"segmentation": {"size": [20, 30], "counts": [0, 600]}}
+    assert evaluate_coco(truth, [row], iou_type="segm", engine=engine)["AP"] == pytest.approx(1.0)
 
 
 def test_a_polygon_without_area_is_left_out_as_in_training() -> None:
@@ -161,6 +176,16 @@ def test_bad_keypoints() -> None:
         evaluate_coco(truth, [row, row | {"keypoints": points[:6]}], iou_type="keypoints")
     with pytest.raises(InputError, match="6 numbers in keypoints"):
         evaluate_coco(TRUTH | {"annotations": [TRUTH["annotations"][0] | {"keypoints": points[:6]}]}, [row], iou_type="keypoints")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1e7])
+def test_keypoints_that_are_no_points(number: float, write: Callable[[str, Any], Path]) -> None:
+    row = without(ROW, "bbox") | {"keypoints": [1.0] * 51}
+    truth = TRUTH | {"annotations": [TRUTH["annotations"][0] | {"keypoints": [1.0] * 50 + [number]}]}
+    path = write("truth.json", truth)
+    with pytest.raises(InputError, match=rf"annotations\[0\] \(id 1\), keypoints: {number} is no coordinate") as caught:
+        evaluate_coco(path, [row], iou_type="keypoints")
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(

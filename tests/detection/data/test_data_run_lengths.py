@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from coco_cases import encoded
+from pycocotools import mask as coco_mask
 
-from detection.evaluation.run_lengths import broken_masks
+from detection.data.run_lengths import AT_ONCE, broken_masks
+
+
+def encoded(mask: np.ndarray) -> dict:
+    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(code["size"]), "counts": code["counts"].decode()}
 
 
 def masks_of_all_kinds() -> list[np.ndarray]:
@@ -45,3 +50,26 @@ def test_cut_codes_are_found() -> None:
     codes = [encoded(draw.random((30, 40)) < 0.3)["counts"] for _ in range(50)]
     cut = [code[: len(code) - draw.integers(1, 4)] for code in codes]
     assert len(broken_masks(cut, np.full(50, 1200))) == 50
+
+
+def test_what_is_not_ascii_never_passes_for_a_digit() -> None:
+    """A reader that puts "?" for it would read 15: just the size of a mask of 3 × 5."""
+    assert broken_masks(["?", "é", "中", "\ud800"], np.full(4, 15)).tolist() == [1, 2, 3]
+
+
+def digits(number: int, places: int) -> str:
+    return "".join(chr(48 + (number >> 5 * place & 31) + (32 if place < places - 1 else 0)) for place in range(places))
+
+
+def test_codes_that_pycocotools_cannot_decode_are_found() -> None:
+    """-50 in seven digits: its C code shifts 32-bit numbers by 35 bits."""
+    start, end = "".join(digits(run, 2) for run in (10, 100, 10)), digits(30, 2)  # the 4th run is 100 - 50, the 5th 10 + 30
+    codes = [start + digits(-50, places) + end for places in (6, 7)]
+    assert broken_masks(codes, np.full(2, 10 + 100 + 10 + 50 + 40)).tolist() == [1]
+    assert coco_mask.decode({"size": [210, 1], "counts": codes[0]}).sum() == 100 + 50
+
+
+def test_more_masks_than_are_checked_at_once() -> None:
+    codes = ["?"] * (AT_ONCE + 7)
+    codes[3] = codes[AT_ONCE - 1] = codes[AT_ONCE + 5] = "1"
+    assert broken_masks(codes, np.full(len(codes), 15)).tolist() == [3, AT_ONCE - 1, AT_ONCE + 5]
