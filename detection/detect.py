@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from detection.draw import draw_detections, save_image
-from detection.inputs import Frame, expand, frames_of, is_camera, is_video
+from detection.inputs import Frame, IncompleteVideo, expand, frames_of, is_camera, is_video
 from detection.pipeline import overlapped
 from detection.predict import Predictor
 from detection.structures import Detections
@@ -39,8 +39,8 @@ def detect_all(
 ) -> tuple[list[Path], list[str]]:
     """Write a drawn file and a JSON of every input into `output`; returns the drawn files and the complaints about unreadable ones.
 
-    batch_size: how many stills pass through the network together, at most. Raises InputError, before anything is written, for inputs that
-    are not there or would be overwritten; and where `output` can't be written.
+    A video of which only a part could be read is among both. batch_size: how many stills pass through the network together, at most. Raises
+    InputError, before anything is written, for inputs that are not there or would be overwritten; and where `output` can't be written.
     """
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} is too small; give 1 or more")
@@ -64,9 +64,12 @@ def detect_all(
                 complaints.append(str(written))
                 log(f"skipped: {written}")
                 continue
-            path, count = written
+            path, count, lack = written
             drawn.append(path)
             log(f"{source}: {count} detections of at least {threshold:g} → {path}")
+            if lack is not None:
+                complaints.append(f"{lack}; what could be read is in {path}")
+                log(f"incomplete: {lack}")
     return drawn, complaints
 
 
@@ -121,13 +124,18 @@ def _found(predictor: Predictor, batch: Sequence[Read]) -> list[Seen]:
 
 def _write(
     source: str, target: Path, results: Iterable[Result], classes: tuple[str, ...], threshold: float
-) -> tuple[Path, int] | InputError:
-    """The last stage, of one source: draw, encode, write. Returns the drawn file and how many boxes it shows, or why it can't be read."""
+) -> tuple[Path, int, IncompleteVideo | None] | InputError:
+    """The last stage, of one source: draw, encode, write. Returns the drawn file, how many boxes it shows and what lacks of a video at the
+    end of what could be read; or why nothing can be.
+    """
     path, json_path = _files(source, target)
-    count, records, writer = 0, None, None
+    count, records, writer, lack = 0, None, None, None
     try:
         with contextlib.ExitStack() as stack:
             for result in results:
+                if isinstance(result, IncompleteVideo):  # all of it has come: what is written stays
+                    lack = result
+                    continue
                 if isinstance(result, InputError):
                     raise result
                 frame, found = result
@@ -145,7 +153,7 @@ def _write(
                 writer.write(np.ascontiguousarray(picture[..., ::-1]))
     except InputError as error:
         return error
-    return path, count
+    return path, count, lack
 
 
 def _files(source: str, target: Path) -> tuple[Path, Path]:

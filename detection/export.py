@@ -44,6 +44,7 @@ from resbackbone.export import (
 from resbackbone.weights import read_state_dict
 
 LEAST_CELLS = 3  # rows of 32 pixels: below, the pyramid's p6 is one cell, which torch.export takes for a broadcast
+LEAST_SIDE = 32 * (LEAST_CELLS - 1) + 1  # pixels: what is less is padded to more than in `detect`, and has other borders and anchors
 SAME_BOX, SAME_SCORE, SAME_MASK = 0.99, 1e-3, 0.02  # IoU, score and every probability of the mask of one box in both
 MAX_UNMATCHED = 0.01  # share of boxes: scores next to the threshold and overlaps next to NMS's fall to either side by rounding
 SYNTHETIC = 4  # drawn images, where nobody names real ones
@@ -115,15 +116,17 @@ def export_detector(
 ) -> str:
     """Write the detector of a weights file and check it on pictures (drawn shapes where there are none); returns what was found.
 
-    Each picture is looked at in two sizes, alone and beside its mirror image. Raises InputError for a detector that can't be exported, or
-    where the check finds nothing to compare or too much that differs; nothing is then written.
+    Each picture is looked at in two sizes, alone and beside its mirror image; those that the detector would see with a side below
+    LEAST_SIDE are left out, which is said. Raises InputError for a detector that can't be exported, or where the check finds nothing to
+    compare or too much that differs; nothing is then written.
     """
     check_format(to)
     path = output_path(weights, output, to)
     config = config_from_weights(weights, overrides)
     detector, classes = load_detector(config, weights, device=torch.device("cpu"))
     _check_exportable(detector, config, to)
-    pictures = pictures or _drawn()
+    given = pictures or _drawn()
+    pictures = _comparable(given, config)
     with checked_file(path) as program:
         write_program(detector_graph(detector, config, classes, to=to), program, to=to)
         parity = compare(detector, open_program(program, to=to), pictures, sizes=_test_sizes(config), max_size=config.data.max_size)
@@ -134,7 +137,10 @@ def export_detector(
         if not parity.holds:
             raise refusal(path, f"only {parity}")
     sizes = " and ".join(str(size) for size in _test_sizes(config))
-    return f"{path}: {parity}; {len(pictures)} images, shorter side {sizes}, batches of 1 and 2"
+    said = f"{path}: {parity}; {len(pictures)} images, shorter side {sizes}, batches of 1 and 2"
+    if narrow := len(given) - len(pictures):
+        said += f". Left out: {narrow} of {len(given)}, seen with a side below {LEAST_SIDE} px, where the program finds other boxes"
+    return said
 
 
 def _check_exportable(detector: torch.nn.Module, config: DetectionConfig, to: str) -> None:
@@ -145,6 +151,28 @@ def _check_exportable(detector: torch.nn.Module, config: DetectionConfig, to: st
         )
     if config.model.roi.op == "pool" and to == "onnx":
         raise InputError("model.roi.op=pool has no equal in ONNX; take --to torch-export, or train with model.roi.op=align")
+    side = config.data.min_size[-1]
+    if side < LEAST_SIDE:
+        raise InputError(
+            f"data.min_size={side} is too small to export: the program pads to {32 * LEAST_CELLS} pixels a side, the detector to "
+            f"{32 * -(-side // 32)}, and finds other boxes there. Give data.min_size={LEAST_SIDE} or more, after training at that size"
+        )
+
+
+def _comparable(pictures: Sequence[np.ndarray], config: DetectionConfig) -> list[np.ndarray]:
+    """The pictures that program and detector pad alike; InputError where there are none.
+
+    Others are so long that data.max_size makes them narrow, which it does at each of `_test_sizes`.
+    """
+    shorter, longer = config.data.min_size[-1], config.data.max_size
+    fitting = [one for one in pictures if min(resized_size(*one.shape[:2], min_size=shorter, max_size=longer)) >= LEAST_SIDE]
+    if not fitting:
+        raise InputError(
+            f"none of the {len(pictures)} images can be compared: with data.min_size={shorter} and data.max_size={longer} each is less "
+            f"than {LEAST_SIDE} pixels high or wide, and the program pads that to {32 * LEAST_CELLS}, the detector to less; name squarer "
+            "ones with --images, or raise data.max_size"
+        )
+    return fitting
 
 
 def _test_sizes(config: DetectionConfig) -> tuple[int, int]:

@@ -16,6 +16,13 @@ IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
 MOST_PICTURES = 8  # to check an export on: each is run six times, in two sizes, alone and beside its mirror image
 MOST_FRAMES_PER_SECOND = 1000.0  # more is what a camera says that doesn't know
+# Frames that may lack of what a video announces. AVI and MP4 count them; of Matroska and WebM the number is length times rate, which is off
+# by one or two where either was rounded, and by a share where sound outlasts the picture or the rate wavers.
+LACKING, LACKING_SHARE = 2, 0.01
+
+
+class IncompleteVideo(InputError):
+    """A video whose last readable frames have been given, and which announces more of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,10 @@ def read_some(inputs: Sequence[str], *, most: int = MOST_PICTURES, log: Callable
 
 
 def frames_of(source: str) -> Generator[Frame, None, None]:
-    """The frames of one file or camera; InputError names a file that cannot be read."""
+    """The frames of one file or camera; InputError names a file that cannot be read.
+
+    IncompleteVideo comes after the frames of a video that is cut off or damaged.
+    """
     if not is_video(source):
         yield Frame(name=Path(source).name, image=read_image(Path(source)))
         return
@@ -93,6 +103,7 @@ def _video_frames(source: str) -> Generator[Frame, None, None]:
 
     capture = cv2.VideoCapture(int(source) if is_camera(source) else source)
     name, rate = f"camera{source}" if is_camera(source) else Path(source).name, capture.get(cv2.CAP_PROP_FPS)
+    announced = 0 if is_camera(source) else int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     rate = rate if 0 < rate <= MOST_FRAMES_PER_SECOND else 25.0
     index = 0
     try:
@@ -106,3 +117,8 @@ def _video_frames(source: str) -> Generator[Frame, None, None]:
         capture.release()
     if index == 0:
         raise InputError(f"{source} gave no frame: not a video this OpenCV can decode, or no such camera")
+    if announced - index > max(LACKING, LACKING_SHARE * announced):  # never of a camera, or a file that doesn't say
+        raise IncompleteVideo(
+            f"{source}: {index} of {announced} frames could be read; the file is cut off or damaged, or was trimmed but not rewritten: "
+            "copy or download it again, or write it anew with a video editor"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detection.build import build_detector, chosen_steps
 from detection.config import DetectionConfig, RunConfig, chosen_device, load_detection_config, parse_detection_config, read_size
-from detection.data.images import resize_image, resized_size
+from detection.data.images import check_pixels, resize_image, resized_size
 from detection.ensemble import Ensemble
 from detection.faster_rcnn import FasterRCNN
 from detection.structures import Detections
@@ -179,13 +179,18 @@ class Predictor:
         self.precision = Precision(config.train.precision, self.device)
 
     def __call__(self, image: np.ndarray) -> Detections:
-        """Detect in `image`, uint8 (H, W, 3) RGB of any size; boxes come back in its own pixels, on the CPU."""
+        """Detect in `image`, uint8 (H, W, 3) RGB of any size; boxes come back in its own pixels, on the CPU.
+
+        Raises InputError for an array of another kind.
+        """
         (found,) = self.detect([image])
         return found
 
     @torch.inference_mode()
     def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
         """The same for several images of any sizes: those of one padded size pass through the network together."""
+        for image in images:
+            check_pixels(image)
         sizes = [resized_size(*image.shape[:2], **self.size_rule) for image in images]
         pixels = [self._pixels(image, size) for image, size in zip(images, sizes, strict=True)]
         with self.precision.autocast():

@@ -6,6 +6,7 @@ To the loss from here: config.py builds the detector, faster_rcnn.py tells its s
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,7 @@ def run_loop(
     if settings.compile:
         state.model.get_submodule("backbone").compile()
     timer, batches = StepTimer(device), iter(loader)
+    explained = functools.partial(explain_out_of_memory, config=state.config, model=state.model)
     while True:
         if state.is_evaluation_due:
             log.message(f"evaluating step {state.step}")
@@ -173,15 +175,17 @@ def run_loop(
         for turn in range(settings.accumulate):
             is_last = turn + 1 == settings.accumulate
             with timer.part("data"):
-                batch = next(batches).to(device)
-            with contextlib.nullcontext() if is_last else distributed.without_sync(model), explain_out_of_memory(batch, settings):
+                batch = next(batches)
+                with explained(batch):
+                    batch = batch.to(device)
+            with contextlib.nullcontext() if is_last else distributed.without_sync(model), explained(batch):
                 with timer.part("forward"), precision.autocast():
                     losses: dict[str, Tensor] = model(batch.images, batch.targets)
                     loss = torch.stack(list(losses.values())).sum() / settings.accumulate
                 stop_unless_finite(losses, batch, state, output)
                 with timer.part("backward"):
                     precision.scaler.scale(loss).backward()
-        with timer.part("optimizer"):
+        with timer.part("optimizer"), explained(batch):  # the first step makes the optimiser's state
             state.update()
         timer.count(settings.batch_size * settings.accumulate)
         if state.step % settings.log_every == 0 or state.step == 1:

@@ -22,6 +22,10 @@ from resbackbone.errors import InputError
 from .image_header import MAX_PIXELS, BrokenHeader, ImageHeader, is_cut_off, read_header
 
 _HEADER_BYTES = 2**18
+# What makes uint8 [H, W, 3] of other kinds of numbers, of channels, and of channels that come first.
+_AS_BYTES = {"u2": "(image / 257).round().astype(np.uint8), 16 bits", "f": "(image * 255).round().astype(np.uint8), if from 0 to 1"}
+_AS_THREE = {1: "image.repeat(3, axis=2), grey", 4: "image[..., :3], without the alpha channel"}
+_AS_FIRST = {3: "image.transpose(1, 2, 0)"}
 
 
 class UnreadableImage(InputError):
@@ -64,6 +68,31 @@ def image_size(path: Path | str, *, exif: bool = True) -> tuple[int, int]:
     return header.upright_size if exif else (header.height, header.width)
 
 
+def check_pixels(image: object) -> None:
+    """Raise InputError unless `image` is what `read_image` gives, uint8 [H, W, 3]; it says which call makes it that."""
+    if not isinstance(image, np.ndarray):
+        if image is None:
+            raise InputError("an image is None, which is what cv2.imread gives for a file it can't read; check the path")
+        raise InputError(
+            f"an image is a {type(image).__name__}; it should be a numpy array, uint8 [height, width, 3] in RGB order: of PIL's, "
+            "np.asarray(image.convert('RGB')) makes one, of torch's image.permute(1, 2, 0).numpy()"
+        )
+    shape, kind = image.shape, image.dtype
+    if kind == np.uint8 and len(shape) == 3 and shape[2] == 3 and image.size:
+        return
+    if not image.size:
+        helps = "it has no pixels; check where it was cut out"
+    elif kind != np.uint8:
+        helps = _AS_BYTES.get(kind.kind + str(kind.itemsize), _AS_BYTES.get(kind.kind, "image.astype(np.uint8), where the values allow it"))
+    elif len(shape) == 2:
+        helps = "np.stack([image] * 3, axis=2), grey"
+    elif len(shape) == 3:
+        helps = _AS_THREE.get(shape[2], _AS_FIRST.get(shape[0], "leave three channels of it"))
+    else:
+        helps = "one image at a time"
+    raise InputError(f"an image is {kind} of shape {list(shape)}; it should be uint8 [height, width, 3] in RGB order: {helps}")
+
+
 def resized_size(height: int, width: int, *, min_size: int, max_size: int, enlarge: bool = True) -> tuple[int, int]:
     """(height, width) with the shorter side at `min_size`, unless the longer would pass `max_size`: torchvision's rule and rounding.
 
@@ -80,6 +109,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return image
     if size[0] >= height and size[1] >= width:
         return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    image = np.ascontiguousarray(image)  # torch knows no negative strides, and `[..., ::-1]` is how OpenCV's users make RGB of BGR
     planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # of [None] last, torch wouldn't see the memory as channels-last
     shrunk = torch.nn.functional.interpolate(planes, size=list(size), mode="bilinear", antialias=True)
     return np.ascontiguousarray(shrunk[0].permute(1, 2, 0).numpy())

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 SAYINGS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "failed to allocate")
+CODES = ("status_alloc_failed", "allocation_failed")  # cuBLAS, cuSOLVER and cuDNN before 9; cuDNN since
 MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Of a control group: its limit, what it uses, and which line of memory.stat counts the files that the kernel would drop for it.
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -33,10 +34,12 @@ def available_mb(*, meminfo: Path = MEMINFO, own_groups: Path = OWN_GROUPS, grou
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's error has a type of its own; the CPU's allocator raises a RuntimeError with words."""
+    """The GPU's caching allocator has an error of its own; all else that allocates raises some RuntimeError of torch's, with words."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return type(error) is RuntimeError and any(words in str(error).lower() for words in SAYINGS)
+    # Torch's and Python's own: those of others, such as our NonFiniteLoss, quote names of files and images, which may say anything.
+    is_known = isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] in ("torch", "builtins")
+    return is_known and any(words in str(error).lower() for words in SAYINGS + CODES)
 
 
 def _left_of(root: Path, path: str, names: tuple[str, str, str]) -> list[int]:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from detection.inputs import expand, frames_of, is_camera, read_some
+from detection.inputs import IncompleteVideo, expand, frames_of, is_camera, read_some
 from resbackbone.errors import InputError
 
 
@@ -72,3 +72,54 @@ def test_of_many_images_a_few_are_read(folder: Path) -> None:
     assert said == ["looking at 8 of 20 images, evenly spread"]
     assert len(read_some(["a.jpg", "."], most=3, log=said.append)) == 3
     assert len(said) == 1
+
+
+class Capture:
+    """What OpenCV makes of a video that announces some frames and has others."""
+
+    def __init__(self, frames: int, announced: float) -> None:
+        self.left, self.announced = frames, announced
+
+    def get(self, what: int) -> float:
+        return self.announced if what == cv2.CAP_PROP_FRAME_COUNT else 25.0
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        self.left -= 1
+        return (True, np.zeros((2, 2, 3), np.uint8)) if self.left >= 0 else (False, None)
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("source", "frames", "announced", "is_whole"),
+    [
+        ("clip.mp4", 60, 60, True),
+        ("clip.mp4", 61, 60, True),
+        ("clip.mp4", 58, 60, True),  # a length that was rounded
+        ("clip.mp4", 57, 60, False),  # a hole
+        ("clip.mp4", 31, 60, False),
+        ("clip.mp4", 1, 3, True),
+        ("clip.mp4", 1, 4, False),
+        ("clip.mp4", 990, 1000, True),  # sound that outlasts the picture
+        ("clip.mp4", 989, 1000, False),
+        ("clip.mp4", 5, 0, True),  # a container that doesn't say
+        ("clip.mp4", 5, -1, True),
+        ("clip.mp4", 5, -2e18, True),  # what FFmpeg makes of an unknown length
+        ("0", 5, 60, True),  # a camera
+    ],
+)
+def test_a_video_that_announces_more_frames_is_said_to_be_incomplete(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, frames: int, announced: float, is_whole: bool
+) -> None:
+    monkeypatch.setattr(cv2, "VideoCapture", lambda given: Capture(frames, announced))
+    read, complaint = 0, None
+    try:
+        for frame in frames_of(source):
+            assert frame.index == read
+            read += 1
+    except IncompleteVideo as error:
+        complaint = str(error)
+    assert read == frames
+    assert (complaint is None) == is_whole
+    assert complaint is None or complaint.startswith(f"clip.mp4: {frames} of {announced} frames could be read; ")

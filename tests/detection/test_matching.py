@@ -91,6 +91,22 @@ def test_sample_is_uniform():
     assert (times - 400).abs().max() < 5 * (2000 * 0.2 * 0.8) ** 0.5  # five standard deviations of a binomial
 
 
+@pytest.mark.parametrize(("boxes", "most_mb"), [(1, 0.53), (64, 0.53), (400, 3.3)])
+def test_as_shipped_a_crowded_image_takes_little_more_memory(monkeypatch, boxes, most_mb):
+    """The most overlaps at a time, in MB (10^6 bytes) of float32; all 60,000 anchors against 400 boxes would be 96."""
+    most, plain = [0], matching._iou
+
+    def counted(one, other):
+        overlaps = plain(one, other)
+        most[0] = max(most[0], overlaps.numel() * overlaps.element_size())
+        return overlaps
+
+    monkeypatch.setattr(matching, "_iou", counted)
+    candidates, truth = peers.random_boxes(60_000), peers.random_boxes(boxes, seed=1)
+    match(candidates, truth, high=0.7, low=0.3, allow_low_quality=True)
+    assert 0 < most[0] <= most_mb * 1e6
+
+
 @pytest.mark.parametrize("boxes", [1, 50, 400])
 def test_overlaps_at_a_time_do_not_grow_with_the_boxes(monkeypatch, boxes):
     """A crowded image is matched in smaller chunks, so that memory doesn't follow anchors times boxes."""

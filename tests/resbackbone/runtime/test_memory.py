@@ -1,12 +1,14 @@
-"""What is left of memory, read from made-up kernels."""
+"""What is left of memory, read from made-up kernels; and which errors mean that there is none."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from resbackbone.runtime.memory import available_mb
+from resbackbone.runtime.memory import available_mb, is_out_of_memory
+from resbackbone.runtime.nonfinite import NonFiniteLoss
 
 MEMINFO = "MemTotal:       8000000 kB\nMemFree:  100 kB\nMemAvailable:   1000000 kB\n"
 
@@ -59,3 +61,33 @@ def test_version_1_whose_own_path_a_container_cannot_see(meminfo: Path, tmp_path
 
 def test_this_machine_has_some() -> None:
     assert 1 < available_mb() < 1e8
+
+
+OF_A_CALL = "when calling `cublasCreate(handle)`"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),  # outside the caching allocator
+        (torch.distributed.DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"), True),
+        (RuntimeError(f"CUDA error: CUBLAS_STATUS_ALLOC_FAILED {OF_A_CALL}"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),  # as cuDNN 9 says it
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError(f"CUDA error: CUBLAS_STATUS_NOT_INITIALIZED {OF_A_CALL}"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("DataLoader worker is killed by signal: Bus error. Workers may be out of shared memory."), False),
+        (RuntimeError("shapes differ"), False),
+        (RecursionError("maximum recursion depth exceeded"), False),
+        (NonFiniteLoss("the loss is nan; see runs/out of memory/nonfinite.json"), False),  # a RuntimeError, and a name
+        (ValueError("out of memory"), False),
+        (OSError("out of memory"), False),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value}"[:60] if isinstance(value, BaseException) else None,
+)
+def test_which_errors_are_memory_s(error: BaseException, is_memory: bool) -> None:
+    assert is_out_of_memory(error) is is_memory
