@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     configs = resolve_configs(args.config, args.weights, args.overrides)
     predictor, options = Predictor(configs, args.weights), {"threshold": args.threshold, "batch_size": args.batch_size}
     drawn, complaints = detect_all(predictor, args.inputs, args.output, **options)
-    print(f"{len(drawn)} drawn, {len(complaints)} skipped; {args.output}")
+    print(f"{len(drawn)} drawn, {len(complaints)} with complaints; {args.output}")
     return 1 if complaints else 0
 
 
