@@ -18,6 +18,7 @@ from detection.data.images import resized_size
 from detection.faster_rcnn import FasterRCNN
 from detection.multiscale import LONGEST_PX
 from detection.predict import Predictor, detector_metadata
+from detection.rpn import ProposalNetwork
 from detection.steps import SteppedRCNN
 from detection.structures import Target
 from detection.validate import Validator
@@ -45,12 +46,14 @@ def photograph() -> torch.Tensor:
 @pytest.mark.parametrize("merge", ["maxout", "nms"])
 def test_the_largest_scale_is_the_photograph_itself(merge: str, monkeypatch: pytest.MonkeyPatch) -> None:
     detector, image, seen = stepped(merge=merge, flip=True), photograph(), []
-    encode = FasterRCNN.encode
-    monkeypatch.setattr(FasterRCNN, "encode", lambda self, images: (seen.extend(images), encode(self, images))[1])
+    extract, look, looked = FasterRCNN.extract, ProposalNetwork.forward, []
+    monkeypatch.setattr(FasterRCNN, "extract", lambda self, images: (seen.extend(images), extract(self, images))[1])
+    monkeypatch.setattr(ProposalNetwork, "forward", lambda self, *given: (looked.append(given[1]), look(self, *given))[1])
     (found,) = detector.detect([image])
     sizes = [tuple(one.shape[-2:]) for one in seen]
     each = [(64, 80), (40, 50), (128, 160)] if merge == "maxout" else [(40, 50), (128, 160)]
     assert sorted(sizes) == sorted(2 * each)
+    assert len(looked) == (2 if merge == "maxout" else len(sizes)), "regions are proposed once a view, not at every scale"
     largest = [one for one in seen if one.shape[-1] == 160]
     assert torch.equal(largest[0], image)
     assert torch.equal(largest[1], image.flip(-1))
