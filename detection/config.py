@@ -113,7 +113,7 @@ class TrainConfig:
     steps: int = 90000
     lr: float = 0.01  # for `reference_batch` images a step; scaled in proportion
     reference_batch: int = 8
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # adamw takes rates of 1e-4 or so, whatever norms a backbone has or lacks
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # with adamw rates of 1e-4 or so are usual
     momentum: float = 0.9  # He et al. 2015, §3.4; AdamW's first decay rate
     weight_decay: float = 1e-4  # He et al. 2015, §3.4
     warmup_steps: int = 500

@@ -101,7 +101,8 @@ def largest_batch(config: DetectionConfig, *, limit_mb: float | None = None, log
     finally:
         distributed.shutdown()
     if not trials:
-        raise InputError(f"not even one image fits into {limit_mb:,.0f} MB. {what_helps(config.train, batch_size=1)}")
+        helps = what_helps(config.train, batch_size=1, checkpointing=config.model.backbone.checkpointing)
+        raise InputError(f"not even one image fits into {limit_mb:,.0f} MB. {helps}")
     answer, seconds = trials[-1].batch_size, trials[-1].seconds
     promised = min(_on_the_line(trials, limit_mb), too_many - 1) if process.device.type == "cpu" and len(trials) > 1 else answer
     if promised > WORTH_TRYING * answer:

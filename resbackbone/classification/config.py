@@ -75,7 +75,7 @@ class TrainConfig:
     steps: int = 600_000  # "up to 60 x 10^4 iterations"
     lr: float = 0.1  # for `reference_batch` images a step; scaled in proportion
     reference_batch: int = 256
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # adamw takes rates of 2e-4 or so, whatever norms a network has or lacks
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # adamw takes rates of 2e-4 or so
     momentum: float = 0.9  # adamw: its first decay rate
     weight_decay: float = 1e-4
     decay_norms_and_biases: bool = True  # the paper decays all parameters; modern recipes leave these out

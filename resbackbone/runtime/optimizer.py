@@ -31,7 +31,7 @@ def build_optimizer(
     """The optimiser of `settings` over `groups`, or else over every parameter of `model` that isn't frozen, all of them decayed (§3.4).
 
     "sgd": with `momentum`. "adamw" (Loshchilov & Hutter 2019): `momentum` is its first decay rate; it scales each parameter's step by the
-    size of its gradients, so that networks with and without norms learn at one rate. Raises InputError if everything is frozen.
+    size of its gradients, so that one rate suits more kinds of networks than of SGD. Raises InputError if everything is frozen.
     """
     groups = groups or [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
     if not any(group["params"] for group in groups):

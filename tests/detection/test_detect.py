@@ -13,40 +13,22 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tiny_weights import save_tiny
 
-from detection.build import build_detector
-from detection.config import load_detection_config
 from detection.detect import detect_all
 from detection.draw import draw_detections
 from detection.inputs import Frame, frames_of
-from detection.predict import Predictor, detector_metadata, resolve_config
+from detection.predict import Predictor, resolve_config
 from detection.structures import Detections
 from resbackbone.errors import InputError
 from resbackbone.runtime.checkpoint import save_weights
 from tools.detect import parse
 
-TINY = [
-    "model.head=fpn",
-    "model.backbone.name=resnet18",
-    "model.backbone.weights=null",
-    "model.backbone.norm=group",
-    "model.roi.head_width=16",
-    "model.test.score_threshold=0.0",
-    "model.test.detections=5",
-    "data.min_size=64",
-    "data.max_size=96",
-    "train.precision=fp32",
-]
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained detector of two classes, as a run would leave it."""
-    config = load_detection_config(None, TINY)
-    detector = build_detector(config, 2)
-    path = tmp_path_factory.mktemp("weights") / "model_final.safetensors"
-    save_weights(path, detector.state_dict(), detector_metadata(config, ("cat", "dog"), detector))
-    return path
+    return save_tiny(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

@@ -5,33 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_weights import save_tiny
 
-from detection.build import build_detector
-from detection.config import load_detection_config
-from detection.predict import Predictor, detector_metadata, resolve_config
+from detection.predict import Predictor, resolve_config
 from resbackbone.errors import InputError
-from resbackbone.runtime.checkpoint import save_weights
-
-TINY = [
-    "model.head=fpn",
-    "model.backbone.name=resnet18",
-    "model.backbone.weights=null",
-    "model.backbone.norm=group",
-    "model.roi.head_width=16",
-    "model.test.score_threshold=0.0",
-    "model.test.detections=5",
-    "data.min_size=64",
-    "data.max_size=96",
-    "train.precision=fp32",
-]
 
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    config = load_detection_config(None, TINY)
-    detector = build_detector(config, 2)
-    path = tmp_path_factory.mktemp("weights") / "model_final.safetensors"
-    save_weights(path, detector.state_dict(), detector_metadata(config, ("cat", "dog"), detector))
+    path = save_tiny(tmp_path_factory.mktemp("weights"))
     return Predictor(resolve_config(None, path), path)
 
 
