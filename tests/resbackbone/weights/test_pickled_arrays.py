@@ -8,12 +8,12 @@ import os
 import pickle
 import re
 import struct
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from measured_reading import Cost, measure
 from python2_pickles import call, python2_array, python2_dict, python2_file, text
 
 from resbackbone.errors import InputError
@@ -122,18 +122,26 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("fault", BOMBS)
-@pytest.mark.parametrize("place", ["whole", "entry"])
-def test_allowed_things_cannot_be_abused(fault: str, place: str, tmp_path: Path) -> None:
-    path = tmp_path / "bomb.pkl"
-    path.write_bytes(b"\x80\x04" + (BOMBS[fault] + b"." if place == "whole" else python2_dict({"conv1_w": BOMBS[fault]}) + b".") + bytes(9))
-    tracemalloc.start()
-    try:
-        with pytest.raises(InputError, match=re.escape(path.name)):
-            read_detectron2(path)
-        assert tracemalloc.get_traced_memory()[1] < 4e6 + 40 * path.stat().st_size
-    finally:
-        tracemalloc.stop()
+BOMBS_WITHIN = {("whole", fault): code for fault, code in BOMBS.items()}
+BOMBS_WITHIN |= {("entry", fault): python2_dict({"conv1_w": code}) for fault, code in BOMBS.items()}
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Cost]:
+    """What each bomb cost to refuse, as the whole file and as an entry of its dict."""
+    root = tmp_path_factory.mktemp("bombs")
+    paths = [root / f"bomb{number}.pkl" for number in range(len(BOMBS_WITHIN))]
+    for path, code in zip(paths, BOMBS_WITHIN.values(), strict=True):
+        path.write_bytes(b"\x80\x04" + code + b"." + bytes(9))
+    return dict(zip(BOMBS_WITHIN, measure("resbackbone.weights.detectron2:read_detectron2", paths), strict=True))
+
+
+@pytest.mark.parametrize(("place", "fault"), BOMBS_WITHIN)
+def test_allowed_things_cannot_be_abused(place: str, fault: str, costs: dict[tuple[str, str], Cost]) -> None:
+    cost = costs[place, fault]
+    assert cost.refusal is not None
+    assert re.search(r"bomb\d+\.pkl", cost.refusal)
+    assert cost.peak < 4e6 + 40 * len(BOMBS_WITHIN[place, fault])
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
