@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detection.build import chosen_steps
 from detection.config import DetectionConfig, load_detection_config
-from detection.faster_rcnn import FasterRCNN, check_boxes
+from detection.faster_rcnn import Encoded, FasterRCNN, check_boxes
 from detection.predict import config_from_weights, load_detector, read_detector_file
 from detection.steps import SteppedRCNN, Steps
 from detection.structures import Target
@@ -69,14 +69,20 @@ class HalfRCNN(SteppedRCNN):
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """rpn_objectness and rpn_box, or roi_class, roi_box (and mask)."""
         check_boxes(targets)
-        encoded = self.encode(images)
+        (proposer,) = self._proposer
+        encoded = self.encode(images) if proposer is self else self._encode_beside(proposer, images)
         if self.learns == "rpn":
             return self.rpn_losses(encoded, targets, self.generators(targets, encoded), across_processes=True)
-        (proposer,) = self._proposer
         with torch.no_grad():
-            seen = encoded if proposer is self else proposer.encode(images)
-            proposals = proposer.rpn.propose(seen.predictions, seen.sizes, proposer.rpn.train_limits)
+            proposals = proposer.rpn.propose(encoded.predictions, encoded.sizes, proposer.rpn.train_limits)
         return self.region_losses(encoded, proposals, targets, self.generators(targets, encoded), across_processes=True)
+
+    def _encode_beside(self, proposer: FasterRCNN, images: Sequence[Tensor]) -> Encoded:
+        """The features are our own, what an RPN says is the proposer's."""
+        with torch.no_grad():
+            predictions = proposer.encode(images).predictions
+        features, sizes, _ = self.extract(images)
+        return Encoded(features, predictions, sizes)
 
 
 def train_alternating(config: DetectionConfig, output: Path, *, resume: str | None = None) -> TrainResult:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detection.config import RunConfig, chosen_device
-from detection.data.images import resize_image, resized_size
+from detection.data.images import check_pixels, resize_image, resized_size
 from detection.predict import load_strictly, read_detector_file
 from detection.segmentation.build import build_segmenter
 from detection.segmentation.config import SegmentationConfig, load_segmentation_config, parse_segmentation_config
@@ -64,8 +64,9 @@ def load_for_replay(weights: Path) -> tuple[RunConfig, Segmenter]:
 def segment_image(segmenter: Segmenter, image: np.ndarray, config: SegmentationConfig, precision: Precision) -> Tensor:
     """The label map of `image`, uint8 (H, W, 3) RGB of any size: uint8 (H, W) on the CPU.
 
-    The network sees it at the size it was judged at.
+    The network sees it at the size it was judged at. Raises InputError for an array of another kind.
     """
+    check_pixels(image)
     height, width = image.shape[:2]
     size = resized_size(height, width, min_size=config.data.min_size[-1], max_size=config.data.max_size)
     pixels = torch.from_numpy(np.ascontiguousarray(resize_image(image, size))).permute(2, 0, 1).contiguous().to(precision.device)
@@ -83,5 +84,8 @@ class SegmentationPredictor:
         self.segmenter, self.classes = load_segmenter(config, weights, device=device)
 
     def __call__(self, image: np.ndarray) -> Tensor:
-        """`image`, uint8 (H, W, 3) RGB of any size -> its label map, uint8 (H, W): 0 the background, c the c-th of `classes`."""
+        """`image`, uint8 (H, W, 3) RGB of any size -> its label map, uint8 (H, W): 0 the background, c the c-th of `classes`.
+
+        Raises InputError for an array of another kind.
+        """
         return segment_image(self.segmenter, image, self.config, self.precision)

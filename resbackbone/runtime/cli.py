@@ -43,7 +43,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return EXIT_KEYBOARD, "stopped from the keyboard"
     if is_out_of_memory(error):
         detail = (str(error).splitlines() or ["no more is known"])[0]
-        return EXIT_INPUT, f"error: too little memory ({detail}); lower the batch or image size, or use train.precision=bf16"
+        return EXIT_INPUT, f"error: too little memory ({detail}); lower the batch or image size, or free what other processes hold"
     return EXIT_INPUT, f"error: {error}"
 
 

@@ -173,7 +173,10 @@ def test_regions_come_from_the_proposer() -> None:
     seen, encoded = proposer.encode(images), whole.encode(images)
     proposals = proposer.rpn.propose(seen.predictions, seen.sizes, proposer.rpn.train_limits)
     wanted = whole.region_losses(encoded, proposals, _targets(), whole.generators(_targets(), encoded), across_processes=True)
+    looks: list[object] = []
+    whole.rpn.register_forward_hook(lambda *seen: looks.append(seen))
     losses = half(images, _targets())
+    assert not looks, "its own RPN has no part in it"
     assert {name: value.item() for name, value in losses.items()} == {name: value.item() for name, value in wanted.items()}
     own = HalfRCNN(whole, learns="regions").eval()(images, _targets())
     assert losses["roi_class"].item() != own["roi_class"].item()

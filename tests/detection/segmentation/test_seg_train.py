@@ -155,6 +155,8 @@ def test_an_image_in_its_label_map_out(finished: Path, tiny_coco: Path) -> None:
     assert found.shape == image.shape[:2]
     assert found.dtype == torch.uint8
     assert predict.classes == ("green", "red")
+    with pytest.raises(InputError, match=r"uint8 \[height, width, 3\]"):
+        predict(image.astype(np.float32))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
