@@ -22,6 +22,7 @@ from detection.data.source import Source
 from detection.evaluation.bootstrap import Interval, Verdicts, coco_verdicts, draws, interval_of, mean_aps, voc_verdicts
 from detection.evaluation.evaluate import primary_metric, voc_truth
 from detection.evaluation.results import coco_image_ids
+from detection.fine_tune import detector_from
 from detection.train import train
 from resbackbone.errors import InputError, nearest
 from resbackbone.runtime.atomic import write_atomically
@@ -112,7 +113,7 @@ def compare(
     ]
     folders = [output / "runs" / one.label / f"seed_{seed}" for one, seed, _ in planned]
     source = load_split(planned[0][2], "val")
-    _check_all(planned, folders, len(source.annotations.classes))
+    _check_all(planned, folders, source.annotations.classes)
     runs = []
     for (one, seed, settings), folder in zip(planned, folders, strict=True):
         if not is_finished(folder, settings):
@@ -123,13 +124,16 @@ def compare(
     return write_comparison(output, runs, labels, metric=primary_metric(source), baseline=base, recipe=recipe, resamples=resamples)
 
 
-def _check_all(planned: Sequence[tuple[Contender, int, DetectionConfig]], folders: Sequence[Path], classes: int) -> None:
+def _check_all(planned: Sequence[tuple[Contender, int, DetectionConfig]], folders: Sequence[Path], classes: Sequence[str]) -> None:
     """Raises InputError for what the last contender would stumble over days from now: its folder, its name, anchors, norm or weights."""
     checked: set[str] = set()
     for (one, _, settings), folder in zip(planned, folders, strict=True):
         if not is_finished(folder, settings) and one.label not in checked:
             checked.add(one.label)
-            build_detector(settings, classes, initial_weights=settings.model.weights is None)
+            if settings.model.weights is None:
+                build_detector(settings, len(classes))
+            else:
+                detector_from(settings, classes)
 
 
 def is_finished(folder: Path, config: DetectionConfig) -> bool:
@@ -209,7 +213,7 @@ def _read_run(contender: Contender, config: DetectionConfig, folder: Path, sourc
     else:
         verdicts = coco_verdicts(source.annotation_file or source.annotations.to_coco(), detections, image_ids=coco_image_ids(source))
     metrics = json.loads((folder / "eval" / "metrics.json").read_text())
-    weights, seed = config.model.backbone.weights, config.train.seed
+    weights, seed = config.model.weights or config.model.backbone.weights, config.train.seed
     return Run(contender=contender, weights=weights, seed=seed, folder=folder, metrics=metrics, verdicts=verdicts)
 
 

@@ -244,7 +244,7 @@ def read_size(config: RunConfig) -> dict[str, Any]:
     if test is None or test.scales is None:
         return {"min_size": shorter, "max_size": config.data.max_size, "enlarge": True}
     largest = max(shorter, *test.scales)
-    return {"min_size": largest, "max_size": max(largest, LONGEST_PX), "enlarge": False}
+    return {"min_size": largest, "max_size": max(largest, LONGEST_PX, config.data.max_size), "enlarge": False}
 
 
 def eval_loader(config: RunConfig, source: Source, process: Process, *, kind: type[DetectionDataset] | None = None) -> BatchLoader:

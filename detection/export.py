@@ -23,7 +23,7 @@ from detection.exportable import NOTHING, ExportableDetector, suppress
 from detection.faster_rcnn import FasterRCNN
 from detection.inputs import read_some
 from detection.pooling import RegionPooler
-from detection.predict import FORMAT, config_from_weights, load_detector
+from detection.predict import FORMAT, config_from_weights, load_detector, read_run_checkpoint
 from detection.roi_head import RoIHead
 from detection.structures import Detections
 from detection.torchvision_weights import looks_like_torchvision
@@ -100,11 +100,13 @@ def export_weights(
 
 def is_detector(weights: Path) -> bool:
     """Whether `read_detector_file` knows this as a detector: a run's weights or checkpoint, or torchvision's file; else a backbone's."""
-    if weights.is_dir() or weights.name == "state.pt":
+    if weights.is_dir():
         return True
-    if not weights.is_file() or weights.suffix not in (".safetensors", ".pth"):
+    if not weights.is_file() or weights.suffix not in (".safetensors", ".pth", ".pt"):
         return False
     try:
+        if read_run_checkpoint(weights) is not None:
+            return True
         tensors, metadata = read_state_dict(weights)
     except InputError:  # backbones come in more formats; their reader says what is wrong with it
         return False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from detection.config import RunConfig
-from detection.data.source import Source
+from detection.data.source import Source, readable
 from detection.draw import draw_detections, save_image
 from detection.evaluation.report.report import report_records, run_name
 from detection.evaluation.results import Record, metrics_text, write_metrics, write_results
@@ -124,18 +125,19 @@ def is_written(output: Path, metrics: dict[str, float], *, report: bool) -> bool
     return is_ours and all((output / name).is_file() for name in others)
 
 
-def write_evaluation(output: Path, source: Source, records: list[Record], metrics: dict[str, float]) -> None:
-    """eval/detections.json in the benchmark's own format and eval/metrics.json."""
+def write_evaluation(output: Path, source: Source, records: list[Record], metrics: dict[str, float]) -> Path:
+    """eval/detections.json in the benchmark's own format and eval/metrics.json, whose path is returned."""
     write_results(output / "eval" / "detections.json", source, records)
-    write_metrics(output, metrics)
+    return write_metrics(output, metrics)
 
 
 def draw_samples(folder: Path, source: Source, records: list[Record], *, count: int, threshold: float = 0.5) -> None:
-    """Draw detections above `threshold` and the truth into the first `count` validation images that have objects."""
+    """Draw detections above `threshold` and the truth into the first `count` validation images that have objects and can be read."""
     folder.mkdir(parents=True, exist_ok=True)
     annotations = source.annotations
-    with_objects = [record for record in sorted(records, key=lambda record: record.index) if annotations.num_objects()[record.index]]
-    for record in with_objects[:count]:
-        truth = annotations.boxes[annotations.of_image(record.index)]
-        picture = draw_detections(source.read_image(record.index), record.detections, annotations.classes, threshold=threshold, truth=truth)
+    by_index = {record.index: record for record in records}
+    with_objects = [index for index in sorted(by_index) if annotations.num_objects()[index]]
+    for index, image in islice(readable(source, with_objects), count):
+        record, truth = by_index[index], annotations.boxes[annotations.of_image(index)]
+        picture = draw_detections(image, record.detections, annotations.classes, threshold=threshold, truth=truth)
         save_image(folder / f"{record.image_id}.jpg", picture)

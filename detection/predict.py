@@ -59,8 +59,8 @@ def read_detector_file(path: Path, *, expected: str = FORMAT) -> DetectorFile:
     expected: the format its metadata must name; a segmenter's file is read by this as well.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix == ".pt":
-        saved = load_checkpoint(path)
+    saved = read_run_checkpoint(path)
+    if saved is not None:
         tensors = saved["model"]
         if saved.get("ema") is not None:  # the average is what was judged
             tensors = {name.removeprefix("module."): value for name, value in saved["ema"].items() if name != "n_averaged"}
@@ -69,7 +69,7 @@ def read_detector_file(path: Path, *, expected: str = FORMAT) -> DetectorFile:
         return DetectorFile(
             path=path, tensors=tensors, config=saved["config"], classes=classes, preprocessing=said and _preprocessing(said)
         )
-    tensors, metadata = read_state_dict(path)
+    tensors, metadata = ({}, {}) if path.is_dir() else read_state_dict(path)
     if expected == FORMAT and looks_like_torchvision(tensors):
         tensors, text, classes = torchvision_detector(tensors, str(path))
         return DetectorFile(path=path, tensors=tensors, config=text, classes=classes, preprocessing=Preprocessing())
@@ -85,6 +85,14 @@ def read_detector_file(path: Path, *, expected: str = FORMAT) -> DetectorFile:
         classes=tuple(json.loads(metadata["classes"])),
         preprocessing=_preprocessing(metadata["preprocessing"]),
     )
+
+
+def read_run_checkpoint(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint of ours holds, by its folder or as a .pt file of any name; None for what isn't one."""
+    if not (path.is_dir() or path.suffix == ".pt"):
+        return None
+    saved = load_checkpoint(path)
+    return saved if {"model", "config", "classes"} <= saved.keys() else None
 
 
 def _preprocessing(text: str) -> Preprocessing:

@@ -153,6 +153,8 @@ def _missing(table: PaperTable, jobs: list[str], places: Places) -> Iterator[str
         yield from (f"  {job}: python {shlex.join(places.command(job))}" for job in undone)
     else:
         yield f"All of ours is there, in {places.results}."
+    for job, earlier in _outdated(jobs, places):
+        yield f"{job}: its figures are older than the weights of {earlier} beside it; remove {places.results / job} to have them anew."
     for key in dict.fromkeys(key for job in undone for key in JOBS[job].data):
         lacking = places.missing_data(key)
         if lacking:
@@ -166,6 +168,15 @@ def _missing(table: PaperTable, jobs: list[str], places: Places) -> Iterator[str
             label.strip() for label, row in table.rows.items() if any(cell.why_not == reason and cell.paper is not None for cell in row)
         ]
         yield f"Of the paper alone ({', '.join(labels)}): {reason}."
+
+
+def _outdated(jobs: list[str], places: Places) -> Iterator[tuple[str, str]]:
+    """(job, an earlier one) where the earlier one's weights were made after the job's figures."""
+    for job in jobs:
+        if places.metrics(job).is_file():
+            made = places.metrics(job).stat().st_mtime
+            newer = (one for one in JOBS[job].after if places.weights(one).is_file() and places.weights(one).stat().st_mtime > made)
+            yield from ((job, one) for one in newer)
 
 
 def _missing_weights(jobs: list[str], places: Places) -> dict[str, tuple[str, Path]]:

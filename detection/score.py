@@ -9,7 +9,7 @@ from typing import Literal
 
 from detection.config import DetectionConfig, chosen_device, load_detection_config, load_split
 from detection.data.source import Source
-from detection.evaluation.report.report import judge_other, report_folder, report_records, run_name
+from detection.evaluation.report.report import Show, Wrote, judge_other, report_folder, report_records, run_name
 from detection.finish import write_evaluation
 from detection.predict import load_detectors
 from detection.validate import Validator
@@ -31,14 +31,15 @@ def evaluate_weights(
     compare: Path | None = None,
     metric: Literal["coco", "voc"] | None = None,
     log: Callable[[str], None] = print,
-    show: Callable[[dict[str, float]], None] = lambda figures: None,
+    show: Show = lambda figures: None,
+    wrote: Wrote = lambda what, path: None,
 ) -> dict[str, float]:
     """Run a trained detector, or the ensemble of several, over the validation split of the first config and score it.
 
     Under torchrun each process takes its share. Writes eval/detections.json and eval/metrics.json below `output` where one is given, and
     the page report/index.html (else output/report's, unless eval.report is off). compare: other detections to show there, or a run's.
-    metric: "voc" where the data must be VOC's. show: is given the figures on the main process before anything is written.
-    What is wrong with any of them, or with where they are to go, raises InputError before the detector runs.
+    metric: "voc" where the data must be VOC's. show: is given the figures on the main process before anything is written;
+    wrote: each file after. What is wrong with any of them, or with where they are to go, raises InputError before the detector runs.
     """
     config, *_ = configs = [configs] if isinstance(configs, DetectionConfig) else list(configs)
     paths = [weights] if isinstance(weights, Path) else list(weights)
@@ -65,10 +66,10 @@ def evaluate_weights(
         if process.is_main:
             show(metrics)
             if output is not None:
-                write_evaluation(output, source, validator.records, metrics)
+                wrote("figures", write_evaluation(output, source, validator.records, metrics))
             if page is not None:
                 name, options = run_name(output or paths[0].parent), {"figures": metrics, "compare": other, "engine": config.eval.engine}
-                report_records(page, source, validator.records, name=name, **options)
+                wrote("report", report_records(page, source, validator.records, name=name, **options))
         return metrics
     finally:
         distributed.shutdown()

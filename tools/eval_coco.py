@@ -33,9 +33,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     from detection.evaluation.coco import format_coco, format_run
-    from detection.evaluation.report.report import evaluate_coco_files, print_places
+    from detection.evaluation.report.report import evaluate_coco_files
 
-    places = {"output": args.output, "report": args.report, "compare": args.compare}
+    places = {"output": args.output, "report": args.report, "compare": args.compare, "wrote": print}
     if args.weights:
         from detection.predict import resolve_configs
         from detection.score import evaluate_weights
@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
         kind, engine = args.iou_type or "bbox", args.engine or "auto"
         places |= {"annotations": args.annotations, "detections": args.detections, "images": args.images}
         evaluate_coco_files(iou_type=kind, engine=engine, show=lambda one: print(format_coco(one, iou_type=kind)), **places)
-    print_places(output=args.output, report=args.report)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,13 +31,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    from detection.evaluation.report.report import evaluate_voc_files, print_places
+    from detection.evaluation.report.report import evaluate_voc_files
     from detection.evaluation.voc import format_voc
 
     def show(figures: dict[str, float]) -> None:
         print(format_voc(figures, iou=args.iou))
 
-    places = {"output": args.output, "report": args.report, "compare": args.compare, "show": show}
+    places = {"output": args.output, "report": args.report, "compare": args.compare, "show": show, "wrote": print}
     if args.weights:
         from detection.predict import resolve_configs
         from detection.score import evaluate_weights
@@ -45,7 +45,6 @@ def run(args: argparse.Namespace) -> None:
         evaluate_weights(resolve_configs(args.config, args.weights, args.overrides), args.weights, metric="voc", **places)
     else:
         evaluate_voc_files(args.devkit, args.image_set, args.detections, iou=args.iou, **places)
-    print_places(output=args.output, report=args.report)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,7 +14,7 @@ import numpy as np
 from resbackbone.errors import InputError, nearest
 
 from .annotations import Annotations
-from .images import read_image
+from .images import UnreadableImage, read_image
 from .problems import ProblemLog
 
 
@@ -49,6 +51,13 @@ class FolderSource:
         if image.shape[:2] != (height, width):
             raise InputError(wrong_size_message(path, stated=(height, width), found=image.shape[:2]))
         return image
+
+
+def readable(source: Source, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """(index, pixels) of those of the images that can be read. The evaluation complains of the others; what only shows leaves them."""
+    for index in indices:
+        with contextlib.suppress(UnreadableImage):
+            yield index, source.read_image(index)
 
 
 def wrong_size_message(path: Path, *, stated: tuple[int, int], found: tuple[int, ...]) -> str:

@@ -28,6 +28,7 @@ Metric = Literal["coco", "area", "11-point"]
 AT_ONCE = 100  # draws judged together, to keep the memory small
 WORK = 3_000_000_000  # detections times draws, over classes and IoUs: 15 seconds of one core for val2017, and 1000 draws
 LEAST_DRAWS = 200  # fewer say little about the ends of an interval
+LEAST_IMAGES = 5  # with objects of a class, for an interval of its own: draws of fewer are the same one or two images again and again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Verdicts:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A figure and between what it lies."""
+    """A figure and between what it lies: within 0 … 1, or -1 … 1 for a difference."""
 
     value: float
     low: float
@@ -122,11 +123,11 @@ def voc_verdicts(
 
 
 def paired_bootstrap(first: Verdicts, second: Verdicts, *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Comparison:
-    """Percentile intervals that hold `level` of the draws. Raises InputError where the two weren't judged on the same images."""
-    if first.images != second.images or first.metric != second.metric or not first.images:
+    """Percentile intervals that hold `level` of the draws. Raises InputError unless the two were judged on the same two images or more."""
+    if first.images != second.images or first.metric != second.metric or first.images < 2:
         raise InputError(
             f"runs on {first.images} images by the metric {first.metric} and on {second.images} by {second.metric} can't be compared; "
-            "judge both on the same images, at least one"
+            "judge both on the same images, at least two"
         )
     times = draws(first.images, resamples=resamples, seed=seed)
     return compare_aps(class_aps(first, times), class_aps(second, times), level=level)
@@ -138,6 +139,11 @@ def draws(images: int, *, resamples: int, seed: int = 0) -> np.ndarray:
     for row in times[1:]:
         row[:] = np.bincount(draw.integers(0, max(images, 1), images), minlength=images)
     return times
+
+
+def images_with_objects(verdicts: Verdicts) -> np.ndarray:
+    """(E,) in how many images each entry has objects."""
+    return np.array([np.count_nonzero(entry.objects) for entry in verdicts.entries], dtype=np.int64)
 
 
 def affordable_draws(verdicts: Verdicts, *, most: int = 1000) -> int:
@@ -162,20 +168,25 @@ def class_aps(verdicts: Verdicts, times: np.ndarray) -> np.ndarray:
 def compare_aps(first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> Comparison:
     """The comparison of what `class_aps` gave for two runs and the same `draws`: of all entries, or of some rows of both."""
     one, other = _means(first), _means(second)
-    (before, _), (after, _), (difference, share_better) = (interval_of(values, level) for values in (one, other, other - one))
+    (before, _), (after, _) = (interval_of(values, level, least=0.0) for values in (one, other))
+    difference, share_better = interval_of(other - one, level)
     return Comparison(first=before, second=after, difference=difference, share_better=share_better)
 
 
-def interval_of(values: np.ndarray, level: float = 0.95) -> tuple[Interval, float]:
+def interval_of(values: np.ndarray, level: float = 0.95, *, least: float = -1.0) -> tuple[Interval, float]:
     """Between what the figure values[0] lies, from its draws values[1:]; and the share of draws above 0, equals counted half.
+
+    Draws without a figure (NaN: no object is among their images) tell nothing and are left out. least: the lowest the figure can be, -1
+    for a difference and 0 for a figure; the highest is 1.
 
     The draws are moved by what they lie above the figure on average: a draw, with images more than once, has a higher AP than a new
     test set. Without that, 95 % intervals of one detector's AP held the truth in some 70 % of simulations.
     """
-    if len(values) < 2:
+    drawn = values[1:][~np.isnan(values[1:])]
+    if not len(drawn):
         return Interval(value=float(values[0]), low=float(values[0]), high=float(values[0])), 0.5
-    drawn = values[1:] - (values[1:].mean() - values[0])
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    drawn = drawn - (drawn.mean() - values[0])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).clip(least, 1.0)
     share = np.mean((drawn > 0) + 0.5 * (drawn == 0))
     return Interval(value=float(values[0]), low=float(low), high=float(high)), float(share)
 
@@ -187,13 +198,14 @@ def mean_ap(verdicts: Verdicts, times: np.ndarray) -> float:
 
 def mean_aps(verdicts: Verdicts, times: np.ndarray) -> np.ndarray:
     """(N,) the same for each row of times, (N, images)."""
-    return _means(class_aps(verdicts, times))
+    return np.nan_to_num(_means(class_aps(verdicts, times)))
 
 
 def _means(aps: np.ndarray) -> np.ndarray:
-    """(N,) mean over the entries that have objects, as COCO and VOC take it; 0 where none has."""
+    """(N,) mean over the entries that have objects, as COCO and VOC take it; NaN where none has."""
     is_there = ~np.isnan(aps)
-    return np.where(is_there, aps, 0.0).sum(axis=0) / np.maximum(is_there.sum(axis=0), 1)
+    counts = is_there.sum(axis=0)
+    return np.where(counts > 0, np.where(is_there, aps, 0.0).sum(axis=0) / np.maximum(counts, 1), np.nan)
 
 
 def _aps(entry: ClassVerdicts, times: np.ndarray, objects: np.ndarray, metric: Metric) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -14,6 +15,8 @@ from detection.data.masks import FARTHEST_PX, is_drawable
 from detection.data.run_lengths import broken_masks
 from detection.evaluation.rows import Box, Id, RunLengths, check_known, name_of, read_typed
 from resbackbone.errors import InputError
+
+_logger = logging.getLogger(__name__)
 
 IouType = Literal["bbox", "segm", "keypoints"]
 KEYPOINTS = 17  # people's, whose spreads the metric is defined with
@@ -102,6 +105,8 @@ def _check_ids(content: _File, where: str) -> None:
         (number, times), *_ = Counter(one.id for one in getattr(content, what)).most_common(1) or [(0, 0)]
         if times > 1:
             raise InputError(f"{where}: {times} {what} have the id {number}; number them apart")
+    if any(one.id == 0 for one in content.annotations):
+        _logger.warning("%s: annotation 0 never counts as found, for COCO's own tool neither; number annotations from 1", where)
     for key, what in (("image_id", "images"), ("category_id", "categories")):
         values = np.array([getattr(one, key) for one in content.annotations], dtype=np.int64)
         check_known(values, sorted(one.id for one in getattr(content, what)), f"{where}: `annotations` name in {key} what `{what}` lacks:")

@@ -101,15 +101,17 @@ def check_finite(rows: Sequence[Any], numbers: np.ndarray, where: str) -> None:
 
 def check_known(values: np.ndarray, known: Sequence[Any], words: str, hint: str = "") -> None:
     """Raise InputError, opening with `words`, where a value is not in `known`: how many rows, the first few, the nearest."""
-    wrong = np.flatnonzero(~np.isin(values, np.asarray(known, dtype=values.dtype) if len(known) else values[:0]))
+    # Of numbers the type is theirs, as an id may be beyond int64's default; names as long as `known` has them, or "per" would be "person".
+    there = np.asarray(known, dtype=values.dtype if values.dtype.kind == "i" else None) if len(known) else values[:0]
+    wrong = np.flatnonzero(~np.isin(values, there))
     if not len(wrong):
         return
     names = list(dict.fromkeys(values[wrong].tolist()))
     shown = ", ".join(repr(name) for name in names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
     close = nearest(str(names[0]), map(str, known)) if len(known) <= MOST_CANDIDATES else ""
-    there = ", ".join(repr(one) for one in list(known)[:SHOWN]) + (" …" if len(known) > SHOWN else "")
+    first = ", ".join(repr(one) for one in list(known)[:SHOWN]) + (" …" if len(known) > SHOWN else "")
     raise InputError(
-        f"{words} {shown} (row [{wrong[0]}] is the first of {len(wrong)});{close} there are {len(known)}: {there or 'none'}{hint}"
+        f"{words} {shown} (row [{wrong[0]}] is the first of {len(wrong)});{close} there are {len(known)}: {first or 'none'}{hint}"
     )
 
 

@@ -86,7 +86,10 @@ def evaluate_voc(truth: VocTruth, detections: Path | Sequence[dict[str, Any]], *
 
 
 def judge_voc(truth: VocTruth, detections: Path | Sequence[dict[str, Any]], *, iou: float = 0.5) -> JudgedDetections:
-    """The verdicts behind `evaluate_voc`."""
+    """The verdicts behind `evaluate_voc`. Raises InputError for a threshold outside (0, 1], too."""
+    if not 0 < iou <= 1:  # NaN, too
+        hint = f" did you mean {iou / 100:g}?" if 1 < iou <= 100 else ""
+        raise InputError(f"--iou {iou:g}: a threshold of IoU lies above 0 and is at most 1;{hint} give one of these, such as 0.5")
     rows, where = read_rows(detections, VocRow), name_of(detections, "detections")
     images, classes = np.array([str(row.image_id) for row in rows], dtype=str), np.array([row.category for row in rows], dtype=str)
     check_known(images, truth.image_ids, f"{where}: the image set has no image", "; is this the right --image-set?")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
-from detection.data.source import Source
+from detection.data.source import Source, readable
 from detection.draw import save_image
 from detection.evaluation.results import metrics_text, write_metrics
 from detection.segmentation.config import SegmentationConfig
@@ -55,13 +56,13 @@ def write_evaluation(output: Path, validator: SegmentationValidator, metrics: di
 
 
 def draw_samples(folder: Path, source: Source, segmenter: nn.Module, config: SegmentationConfig, precision: Precision) -> None:
-    """Draw the label maps found, and the truth's outlines, into the first validation images that have objects."""
+    """Draw the label maps found, and the truth's outlines, into the first validation images that have objects and can be read."""
     assert isinstance(segmenter, Segmenter)
     folder.mkdir(parents=True, exist_ok=True)
     segmenter.eval()
     annotations = source.annotations
-    for index in np.flatnonzero(annotations.num_objects())[: config.eval.samples].tolist():
-        image = source.read_image(index)
+    with_objects = np.flatnonzero(annotations.num_objects()).tolist()
+    for index, image in islice(readable(source, with_objects), config.eval.samples):
         truth = label_map(annotations, annotations.of_image(index), image.shape[0], image.shape[1])
         found = segment_image(segmenter, image, config, precision).numpy()
         save_image(folder / f"{annotations.image_id(index)}.jpg", draw_segmentation(image, found, annotations.classes, truth=truth))

@@ -12,12 +12,15 @@ import pytest
 import yaml
 
 from detection import compare as compare_module
+from detection.build import build_detector
 from detection.compare import Contender, compare, paired_gain, parse_contenders
 from detection.config import DetectionConfig, load_detection_config
 from detection.data.shapes import load
 from detection.evaluation.bootstrap import coco_verdicts, mean_ap
 from detection.evaluation.coco import evaluate_coco
+from detection.predict import detector_metadata
 from resbackbone.errors import InputError
+from resbackbone.runtime.checkpoint import save_weights
 from resbackbone.runtime.config import save_config
 from tools import compare_backbones
 
@@ -240,6 +243,16 @@ def test_what_is_wrong_with_the_last_is_said_before_the_first_is_trained(
 ) -> None:
     with pytest.raises(InputError, match=message):
         compare(recipe, parse_contenders(["vgg16", last], own), tmp_path / "out", seeds=[0], log=lambda text: None)
+    assert trained == []
+
+
+def test_a_detector_to_start_from_is_checked_as_well(trained: list, recipe: Path, tmp_path: Path) -> None:
+    config = load_detection_config(recipe, ["model.backbone.name=resnet18"])
+    detector, weights = build_detector(config, 1), tmp_path / "w.safetensors"
+    save_weights(weights, detector.state_dict(), detector_metadata(config, ["cat"], detector))
+    contenders = parse_contenders(["resnet18", "resnet34"], [])
+    with pytest.raises(InputError, match="resnet34"):
+        compare(recipe, contenders, tmp_path / "out", seeds=[0], overrides=[f"model.weights={weights}"], log=lambda text: None)
     assert trained == []
 
 

@@ -21,13 +21,16 @@ from tools.export import main, parse
         ("theirs.safetensors", {"backbone.body.conv1.weight": torch.ones(2), "roi_heads.box_head.fc6.weight": torch.ones(2)}, True),
         ("resnet50.pth", {"conv1.weight": torch.ones(2)}, False),
         ("broken.pth", None, False),
+        ("best.pt", {"model": {}, "config": "{}", "classes": ["cat"]}, True),
+        ("reference.pt", {"model": {"conv1.weight": torch.ones(2)}, "epoch": 3}, False),
+        ("fasterrcnn.pt", {"roi_heads.box_head.fc6.weight": torch.ones(2)}, True),
     ],
 )
-def test_torchvision_s_files_are_detectors_too(tmp_path: Path, name: str, tensors: dict[str, torch.Tensor] | None, is_one: bool) -> None:
+def test_torchvision_s_files_are_detectors_too(tmp_path: Path, name: str, tensors: dict[str, Any] | None, is_one: bool) -> None:
     path = tmp_path / name
     if tensors is None:
         path.write_bytes(b"not a weights file")
-    elif path.suffix == ".pth":
+    elif path.suffix != ".safetensors":
         torch.save(tensors, path)
     else:
         save_weights(path, tensors, {})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tiny_weights import save_tiny
 
-from detection.predict import Predictor, resolve_config
+from detection.predict import Predictor, read_detector_file, resolve_config
 from resbackbone.errors import InputError
 
 
@@ -80,3 +82,10 @@ def test_what_is_no_picture_is_said(predictor: Predictor, image: np.ndarray, sai
 def test_the_advice_works(predictor: Predictor, image: np.ndarray, advice) -> None:
     assert len(predictor(advice(image))) > 0
     assert image.dtype == np.uint8 or advice(image).max() == 255
+
+
+@pytest.mark.parametrize("content", [{"conv1.weight": torch.ones(2)}, {"model": {"conv1.weight": torch.ones(2)}, "epoch": 3}])
+def test_another_pt_file_is_no_detector(tmp_path: Path, content: dict) -> None:
+    torch.save(content, tmp_path / "plain.pt")
+    with pytest.raises(InputError, match=r"plain\.pt holds no detector of ours"):
+        read_detector_file(tmp_path / "plain.pt")

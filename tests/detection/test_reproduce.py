@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -155,6 +156,17 @@ def test_the_last_row_of_table_10_is_a_chain_from_coco_to_voc(places: Places) ->
     assert (config.model.weights, config.model.backbone.name) == (voc[3].partition("=")[2], "resnet101")
     assert last[2] == f"{places.results}/voc_resnet101_from_coco/model_final.safetensors"
     assert {"model.test.refine=true", "model.test.scales=[200,400,600,800,1000]"} < set(last)
+
+
+def test_figures_older_than_the_weights_they_came_from_are_named(places: Places) -> None:
+    for job in jobs_of(TABLES["table9"]):
+        finish(places, job, {"AP50": 0.45, "AP": 0.25})
+    assert "figures are older" not in reproduce("table9", places)
+    made = places.metrics("coco_resnet101_refine").stat().st_mtime
+    os.utime(places.weights("coco_resnet101"), (made + 60, made + 60))
+    text = reproduce("table9", places)
+    assert "coco_resnet101_refine: its figures are older than the weights of coco_resnet101 beside it" in text
+    assert "coco_resnet101: its" not in text
 
 
 def test_without_coco_the_fine_tuning_waits(places: Places) -> None:

@@ -97,6 +97,8 @@ def test_what_is_read(tiny_coco: Path) -> None:
     assert read_size(plain) == {"min_size": 64, "max_size": 100, "enlarge": True}
     assert read_size(scaled) == {"min_size": 128, "max_size": LONGEST_PX, "enlarge": False}
     assert read_size(smaller)["min_size"] == 64
+    wide = load_detection_config(None, ["data.min_size=[1500]", "data.max_size=3000", "model.test.scales=[1000,1500]"])
+    assert read_size(wide)["max_size"] == 3000, "the plain detector's size, from which proposals come, is not made by enlarging"
     assert chosen_steps(plain).base is None
     assert chosen_steps(scaled).base == (64, 100)
     assert resized_size(300, 400, **read_size(scaled)) == (128, 170)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ JPEG_QUALITY = 72
 MOST_IMAGES = 240
 MOST_BYTES = 10_000_000  # of thumbnails; images after that are drawn without
 MOST_WRONG = 60  # boxes of an image, the surest; right ones are always there, as without them their objects would look not found
-LEAST_SCORE = 0.05  # the page's slider goes no lower
+LEAST_SCORE = 0.05  # where the page's slider begins, or lower if a run's working point is
+DIGITS = 4  # decimals of scores on the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,17 @@ def _telling(arrays: CocoArrays, errors: Errors) -> list[int]:
     return images[first][order][np.argsort(turn, kind="stable")].tolist()
 
 
+def slider_of(thresholds: Iterable[float]) -> tuple[float, int]:
+    """(lowest score, decimals) of the page's slider: LEAST_SCORE, or the lowest working point of the runs below it, rounded down.
+
+    Without that, captions would call objects not found that are right at the working point of a detector of low scores. The lower, the
+    finer: a hundredth is a large step where all scores lie below a few.
+    """
+    least = min(LEAST_SCORE, *thresholds)
+    digits = 2 if least == LEAST_SCORE else 3 if least >= 0.01 else DIGITS
+    return math.floor(least * 10**digits) / 10**digits, digits
+
+
 def describe_image(arrays: CocoArrays, position: int) -> dict[str, Any]:
     """Its objects, JSON-ready: [x, y, width, height, label, is a crowd]."""
     mine = np.flatnonzero(arrays.object_image == position)
@@ -107,26 +120,37 @@ def describe_image(arrays: CocoArrays, position: int) -> dict[str, Any]:
     return {"objects": [[*box, label, int(crowd)] for box, label, crowd in zip(*columns, strict=True)]}
 
 
-def describe_found(arrays: CocoArrays, errors: Errors, counts: Tally, position: int) -> dict[str, Any]:
+def describe_found(
+    arrays: CocoArrays, errors: Errors, counts: Tally, position: int, *, slider: tuple[float, int] = (LEAST_SCORE, 2)
+) -> dict[str, Any]:
     """What a run found in an image: [x, y, width, height, label, score, kind, position of its object in the image or -1], surest first.
 
-    cut: the scores of wrong ones left out, so that they count; missed: the positions of objects that count as missed; counts: the tally.
+    cut: [score, times] of wrong ones left out, so that they count, by steps of the slider; missed: the positions of objects that count as
+    missed; counts: the tally; slider: see `slider_of`.
     """
     mine = np.flatnonzero((arrays.image == position) & (errors.kind != IGNORED))
     is_cut = (errors.kind[mine] != RIGHT) & (np.cumsum(errors.kind[mine] != RIGHT) > MOST_WRONG)
     cut, mine = mine[is_cut], mine[~is_cut]
     objects = np.flatnonzero(arrays.object_image == position)
     target = np.where(errors.target[mine] >= 0, np.searchsorted(objects, errors.target[mine]), -1).tolist()
-    columns = (arrays.box[mine].round(1).tolist(), arrays.label[mine].tolist(), arrays.score[mine].round(4).tolist())
+    columns = (arrays.box[mine].round(1).tolist(), arrays.label[mine].tolist(), arrays.score[mine].round(DIGITS).tolist())
     return {
         "found": [
             [*box, label, score, kind, place]
             for box, label, score, kind, place in zip(*columns, errors.kind[mine].tolist(), target, strict=True)
         ],
-        "cut": [score for score in arrays.score[cut].round(4).tolist() if score >= LEAST_SCORE],
+        "cut": _score_counts(arrays.score[cut], *slider),
         "missed": np.flatnonzero(errors.missed[objects]).tolist(),
         "counts": [int(counts.right[position]), int(counts.wrong[position]), int(counts.unfound[position])],
     }
+
+
+def _score_counts(scores: np.ndarray, least: float, digits: int) -> list[list[float]]:
+    """[score rounded down, how many], best first, of those of at least `least`: a hundred a class in each image would be a large page."""
+    steps = np.rint(scores * 10**DIGITS).astype(np.int64) // 10 ** (DIGITS - digits)  # whole numbers: 0.29 * 100 is less than 29
+    values, times = np.unique(steps, return_counts=True)
+    pairs = zip((values / 10**digits).tolist(), times.tolist(), strict=True)
+    return [[score, count] for score, count in pairs if score >= least][::-1]
 
 
 def extent(arrays: CocoArrays, position: int) -> tuple[int, int]:

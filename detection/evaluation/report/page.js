@@ -4,7 +4,7 @@
 
 const data = JSON.parse(document.getElementById('data').textContent);
 const RIGHT = -1, MISSED = 5, ALL = -1, ANY = -1, PERFECT = -2, PAGE = 24;
-const K = data.classes.length, runs = data.runs, two = runs.length === 2;
+const K = data.classes.length, runs = data.runs, two = runs.length === 2, scale = 10 ** data.digits;
 const COLORS = ['var(--accent)', 'var(--second)'];
 const MEANINGS = {
   classification: 'the place of an object, the name of another class (IoU 0.5 or more with an object of another class)',
@@ -42,7 +42,7 @@ function mean(values) {
 const of = (perClass, cls = choice.cls) => cls === ALL ? mean(perClass) : perClass[cls];
 const className = cls => cls === ALL ? 'all classes' : data.classes[cls];
 const swatch = run => el('i', {style: `background:${COLORS[run]}`});
-const between = interval => `${signed(interval[1])} … ${signed(interval[2])}`;
+const between = interval => interval[1] === null ? '–' : `${signed(interval[1])} … ${signed(interval[2])}`;
 const span = interval => interval ? `${number(interval[1])} … ${number(interval[2])}` : '';
 const tone = interval => interval[1] > 0 ? 'gain' : interval[2] < 0 ? 'loss' : 'quiet';
 
@@ -58,11 +58,11 @@ function drawHead() {
   byId('class').addEventListener('change', event => choose({cls: Number(event.target.value)}));
 }
 
-const CARDS = [['mAP', 'VOC mAP', 'area, IoU 0.5'], ['AP', 'AP', 'IoU 0.50 to 0.95'], ['AP50', 'AP50', 'IoU 0.5'], ['AP75', 'AP75', 'IoU 0.75'],
+const CARDS = [['mAP', 'VOC mAP', `area, IoU ${runs[0].iou}`], ['AP', 'AP', 'IoU 0.50 to 0.95'], ['AP50', 'AP50', 'IoU 0.5'], ['AP75', 'AP75', 'IoU 0.75'],
   ['segm/AP', 'Mask AP', 'IoU 0.50 to 0.95'], ['AR100', 'AR100', 'best 100 an image']];
 const LONG = {AP: 'AP, IoU 0.50 to 0.95', AP50: 'AP, IoU 0.50', AP75: 'AP, IoU 0.75', APs: 'AP, small objects (below 32² px)', APm: 'AP, medium objects',
   APl: 'AP, large objects (above 96² px)', AR1: 'AR, best 1 an image', AR10: 'AR, best 10', AR100: 'AR, best 100', ARs: 'AR, small objects', ARm: 'AR, medium objects',
-  ARl: 'AR, large objects', mAP: 'VOC mAP, area', mAP_11_point: 'VOC mAP, 11 points'};
+  ARl: 'AR, large objects', mAP: `VOC mAP, area, IoU ${runs[0].iou}`, mAP_11_point: `VOC mAP, 11 points, IoU ${runs[0].iou}`};
 
 function drawSummary() {
   const cards = CARDS.filter(([key]) => key in runs[0].figures).map(([key, title, note]) => {
@@ -73,7 +73,7 @@ function drawSummary() {
       two && other !== undefined ? el('span', {class: 'against'}, `${number(other)} `, el('span', {class: interval ? tone(interval) : 'quiet'}, signed(other - one))) : null);
   });
   const sure = runs[0], right = sum(sure.right), claimed = sum(sure.sure), objects = sum(data.objects[data.objects.length - 1]);
-  cards.push(el('div', {class: 'card'}, 'Working point', el('b', {}, number(sure.threshold, 2)), el('span', {class: 'quiet'},
+  cards.push(el('div', {class: 'card'}, 'Working point', el('b', {}, number(sure.threshold, data.digits)), el('span', {class: 'quiet'},
     `score of the best F1: precision ${number(claimed ? right / claimed : null, 2)}, recall ${number(objects ? right / objects : null, 2)}`)));
   byId('cards').replaceChildren(...cards);
   const rows = Object.keys(runs[0].figures).map(key => el('tr', {}, el('th', {scope: 'row'}, LONG[key.replace('segm/', '')] ? (key.startsWith('segm/') ? 'masks: ' : '') + LONG[key.replace('segm/', '')] : key),
@@ -81,7 +81,7 @@ function drawSummary() {
   const heads = ['Figure', ...runs.map(run => run.name), ...(two ? ['Difference', '95 % interval'] : ['95 % interval'])];
   const table = el('table', {}, el('thead', {}, el('tr', {}, heads.map(text => el('th', {scope: 'col'}, text)))), el('tbody', {}, rows));
   byId('figures').replaceChildren(el('details', {open: two}, el('summary', {}, 'All figures'), table,
-    el('p', {class: 'quiet'}, two ? `Difference: second less first. The interval is of a paired bootstrap over images (${data.resamples} draws); where it does not hold 0, ` +
+    el('p', {class: 'quiet'}, !data.resamples ? 'There are no intervals: these need objects in two images or more.' : two ? `Difference: second less first. The interval is of a paired bootstrap over images (${data.resamples} draws); where it does not hold 0, ` +
       'other images of this kind would hardly turn the order round. It says nothing about another seed of training.' :
       `The interval is of a bootstrap over images (${data.resamples} draws): between these lies what as many other images of this kind would give. It says nothing about another seed of training.`)));
 }
@@ -198,7 +198,8 @@ function drawClasses() {
   const rows = order.map(cls => el('tr', {class: cls === choice.cls ? 'chosen' : null}, columns.map(([name, , value, show]) => name === 'name'
     ? el('th', {scope: 'row'}, el('button', {type: 'button', 'aria-pressed': String(cls === choice.cls), onclick: () => choose({cls: cls === choice.cls ? ALL : cls})}, data.classes[cls]))
     : el('td', name === 'gap' && data.comparison.classes[cls] ? {class: tone(data.comparison.classes[cls])} : {}, show(value(cls), cls)))));
-  byId('classes-note').textContent = `Precision and recall${two ? ' of the first run' : ''} at its working point, score ${number(runs[0].threshold, 2)}. Press a class to see it alone everywhere on this page.`;
+  byId('classes-note').textContent = `Precision and recall${two ? ' of the first run' : ''} at its working point, score ${number(runs[0].threshold, data.digits)}. Press a class to see it alone everywhere on this page.` +
+    (two ? ` A class whose objects lie in fewer than ${data.leastImages} images has no interval.` : '');
   byId('class-table').replaceChildren(el('table', {}, el('thead', {}, el('tr', {}, heads)), el('tbody', {}, rows)));
 }
 
@@ -207,7 +208,7 @@ function drawClasses() {
 const MOST_CLASSES = 60;
 function drawConfusion() {
   const run = runs[choice.confusionRun], cells = run.confusion, label = cls => cls === K ? 'nothing' : data.classes[cls];
-  byId('confusion-note').textContent = `Detections scored ${number(run.threshold, 2)} or more, IoU 0.5. A row is what was there, a column what it was called; the last row is claims where nothing was, the last column what was not found at that score.`;
+  byId('confusion-note').textContent = `Detections scored ${number(run.threshold, data.digits)} or more, IoU 0.5. A row is what was there, a column what it was called; the last row is claims where nothing was, the last column what was not found at that score.`;
   byId('confusion-run').replaceChildren(two ? el('p', {}, runs.map((one, i) => el('button', {type: 'button', 'aria-pressed': String(i === choice.confusionRun), onclick: () => choose({confusionRun: i})}, one.name))) : '');
   const counts = new Map(cells.map(([there, called, times]) => [there * (K + 1) + called, times]));
   const totals = new Array(K + 1).fill(0);
@@ -233,8 +234,8 @@ function judge(image, run) {
   // What of one run in one image stands at the chosen score, and what the filters ask for.
   const found = image.runs[run].found.filter(box => box[5] >= choice.threshold), taken = new Set(found.filter(box => box[6] === RIGHT).map(box => box[7]));
   // Without a right box at this score: not found. Missed is what the errors above count: at no score did anything take it or stand for it.
-  const unfound = image.objects.map((_, i) => i).filter(i => !image.objects[i][5] && !taken.has(i)), cut = image.runs[run].cut.filter(score => score >= choice.threshold);
-  const right = found.filter(box => box[6] === RIGHT).length, wrong = found.length - right + cut.length, total = right + wrong + unfound.length;
+  const unfound = image.objects.map((_, i) => i).filter(i => !image.objects[i][5] && !taken.has(i)), cut = image.runs[run].cut.filter(([score]) => score >= choice.threshold);
+  const right = found.filter(box => box[6] === RIGHT).length, wrong = found.length - right + sum(cut.map(([, times]) => times)), total = right + wrong + unfound.length;
   const isOf = box => choice.cls === ALL || box[4] === choice.cls || (box[7] >= 0 && image.objects[box[7]][4] === choice.cls);
   const wanted = found.filter(box => isOf(box) && (choice.kind === ANY || (choice.kind === PERFECT ? box[6] === RIGHT : box[6] === choice.kind)));
   const missed = image.runs[run].missed, asked = choice.kind === ANY ? unfound : choice.kind === MISSED ? missed : [];
@@ -323,6 +324,7 @@ function drawControls() {
   const orders = [['worst', two ? 'worst of the first run first' : 'worst first'], ['best', two ? 'best of the first run first' : 'best first'], ['surest', 'surest errors first'], ...(two ? [['gain', 'second run better first'], ['loss', 'second run worse first']] : [])];
   byId('order').append(...orders.map(([value, text]) => el('option', {value}, text)));
   byId('order').addEventListener('change', event => choose({order: event.target.value}));
+  Object.assign(byId('threshold'), {min: data.leastScore, step: 1 / scale});
   byId('threshold').addEventListener('input', event => choose({threshold: Number(event.target.value)}));
   ['truth', 'right', 'wrong', 'names'].forEach(name => byId(`draw-${name}`).addEventListener('change', drawImages));
   byId('more').addEventListener('click', () => { choice.shown += PAGE; drawImages(); });
@@ -361,7 +363,7 @@ function choose(changes) {
   byId('class').value = choice.cls;
   byId('class-note').textContent = choice.cls === ALL ? '' : `AP ${number(runs[0].perClass.AP[choice.cls])}, ${many(data.objects[data.objects.length - 1][choice.cls], 'object')}`;
   byId('threshold').value = choice.threshold;
-  byId('threshold-value').textContent = choice.threshold.toFixed(2);
+  byId('threshold-value').textContent = choice.threshold.toFixed(data.digits);
   parts.forEach(draw => draw());
 }
 
@@ -373,5 +375,5 @@ drawHead();
 drawSummary();
 drawControls();
 drawConfusion();
-choose({cls: ALL, kind: ANY, threshold: Math.min(0.95, Math.max(0.05, Math.floor(runs[0].threshold * 100) / 100))});
+choose({cls: ALL, kind: ANY, threshold: Math.min(0.95, Math.max(data.leastScore, Math.floor(runs[0].threshold * scale) / scale))});
 document.documentElement.dataset.ready = 'true';

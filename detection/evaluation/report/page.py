@@ -11,7 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from detection.evaluation.bootstrap import Interval, Verdicts, affordable_draws, class_aps, compare_aps, draws, verdicts_of
+from detection.evaluation.bootstrap import (
+    LEAST_IMAGES,
+    Interval,
+    Verdicts,
+    affordable_draws,
+    class_aps,
+    compare_aps,
+    draws,
+    images_with_objects,
+    verdicts_of,
+)
 from detection.evaluation.coco import CocoEvaluation, class_names
 from detection.evaluation.coco_matching import IOUS, CocoArrays, coco_arrays
 from detection.evaluation.report.curves import SIZE_BORDERS, best_threshold, confusions, precision_recall, size_curve
@@ -26,6 +36,7 @@ from detection.evaluation.report.images import (
     describe_image,
     extent,
     picture_of,
+    slider_of,
     tally,
 )
 from resbackbone.runtime.atomic import write_atomically
@@ -38,13 +49,14 @@ _PLACEHOLDERS = {"/*STYLE*/": "page.css", "/*SCRIPT*/": "page.js"}
 class Run:
     """A detector's detections, judged. figures: what the tools print, by name; COCO's are those of `evaluation`.
 
-    verdicts: behind figures that aren't COCO's (VOC's means), for their intervals; COCO's are made of `evaluation`.
+    verdicts: behind figures that aren't COCO's (VOC's means), for their intervals; COCO's are made of `evaluation`. iou: VOC's threshold.
     """
 
     name: str
     evaluation: CocoEvaluation
     figures: dict[str, float]
     verdicts: dict[str, Verdicts] = field(default_factory=dict)
+    iou: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +67,12 @@ class _Analysis:
     threshold: float
     counts: Tally
     drawn: dict[str, np.ndarray]  # figure → (E, 1 + draws) APs of each class (and IoU), in the data set and in draws of its images
+    spread: np.ndarray  # (K,) in how many images each class has objects
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether objects lie in two images or more: every draw of one image is that image."""
+        return len(np.unique(self.arrays.object_image[~self.arrays.object_crowd])) > 1
 
 
 def write_report(folder: Path, run: Run, *, pictures: Pictures, other: Run | None = None, most_images: int = MOST_IMAGES) -> Path:
@@ -84,13 +102,14 @@ def _analyse(run: Run, arrays: CocoArrays, coco: Verdicts, times: np.ndarray) ->
     aps = class_aps(coco, times)
     drawn = {name: class_aps(verdicts, times) for name, verdicts in run.verdicts.items()}
     drawn |= {"AP": aps, "AP50": aps[: len(arrays.category_ids)]}
-    return _Analysis(run=run, arrays=arrays, errors=errors, threshold=threshold, counts=counts, drawn=drawn)
+    spread = images_with_objects(coco)[: len(arrays.category_ids)]
+    return _Analysis(run=run, arrays=arrays, errors=errors, threshold=threshold, counts=counts, drawn=drawn, spread=spread)
 
 
 def report_data(analyses: list[_Analysis], pictures: Pictures, *, most_images: int) -> dict[str, Any]:
     """What the page's script reads, JSON-ready."""
     first = analyses[0]
-    arrays = first.arrays
+    arrays, slider = first.arrays, slider_of(one.threshold for one in analyses)
     return {
         "classes": class_names(first.run.evaluation.truth),
         "kinds": KINDS,
@@ -99,9 +118,12 @@ def report_data(analyses: list[_Analysis], pictures: Pictures, *, most_images: i
         "crowds": int(arrays.object_crowd.sum()),
         "imageCount": len(arrays.image_ids),
         "runs": [_run_data(one) for one in analyses],
-        "resamples": first.drawn["AP"].shape[1] - 1,
-        "comparison": _comparison(*(one.drawn for one in analyses)) if len(analyses) == 2 else None,
-        "images": _image_data(analyses, pictures, most_images),
+        "leastScore": slider[0],
+        "digits": slider[1],
+        "resamples": first.drawn["AP"].shape[1] - 1 if first.has_intervals else 0,
+        "leastImages": LEAST_IMAGES,
+        "comparison": _comparison(*analyses) if len(analyses) == 2 else None,
+        "images": _image_data(analyses, pictures, most_images, slider),
     }
 
 
@@ -128,10 +150,12 @@ def _run_data(one: _Analysis) -> dict[str, Any]:
     names, figures = class_names(one.run.evaluation.truth), one.run.figures
     is_sure, is_right = arrays.score >= one.threshold, errors.kind == RIGHT
     sizes, _ = size_curve(arrays)
+    drawn = {name: aps for name, aps in one.drawn.items() if figures.get(name, -1) >= 0 and one.has_intervals}
     return {
         "name": one.run.name,
         "figures": {name: value for name, value in figures.items() if "/" not in name.removeprefix("segm/")},
-        "intervals": {name: _interval(compare_aps(aps, aps).first) for name, aps in one.drawn.items() if figures.get(name, -1) >= 0},
+        "intervals": {name: _interval(compare_aps(aps, aps).first) for name, aps in drawn.items()},
+        "iou": one.run.iou,
         "perClass": {kind: [figures.get(f"{kind}/{name}") for name in names] for kind in ("AP", "VOC", "VOC_11_point", "segm/AP")},
         "threshold": one.threshold,
         "detections": len(one.run.evaluation.numbers),
@@ -153,26 +177,25 @@ def _object_counts(arrays: CocoArrays) -> list[list[int]]:
     return [*counts.tolist(), total.tolist()]
 
 
-def _comparison(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Intervals of the differences, second - first: of figures both have, and of each class's AP50, null for a class without objects."""
-    return {
-        "overall": {name: _difference(first[name], second[name]) for name in first if name in second},
-        "classes": [
-            None if np.isnan(one[0]) else _difference(one[None], other[None])
-            for one, other in zip(first["AP50"], second["AP50"], strict=True)
-        ],
-    }
+def _comparison(first: _Analysis, second: _Analysis) -> dict[str, Any]:
+    """Intervals of the differences, second - first: of figures both have, if objects lie in enough images, and of each class's AP50.
+
+    A class without objects has null, and one whose objects lie in fewer than LEAST_IMAGES images no ends: [difference, null, null].
+    """
+    one, other = first.drawn, second.drawn
+    classes: list[list[float | None] | None] = []
+    for spread, *aps in zip(first.spread.tolist(), one["AP50"], other["AP50"], strict=True):
+        difference = compare_aps(aps[0][None], aps[1][None]).difference
+        classes.append(None if not spread else [difference.value, None, None] if spread < LEAST_IMAGES else _interval(difference))
+    names = [name for name in one if name in other and first.has_intervals]
+    return {"overall": {name: _interval(compare_aps(one[name], other[name]).difference) for name in names}, "classes": classes}
 
 
-def _difference(first: np.ndarray, second: np.ndarray) -> list[float]:
-    return _interval(compare_aps(first, second).difference)
-
-
-def _interval(found: Interval) -> list[float]:
+def _interval(found: Interval) -> list[float | None]:
     return [found.value, found.low, found.high]
 
 
-def _image_data(analyses: list[_Analysis], pictures: Pictures, most: int) -> list[dict[str, Any]]:
+def _image_data(analyses: list[_Analysis], pictures: Pictures, most: int, slider: tuple[float, int]) -> list[dict[str, Any]]:
     first, images, size = analyses[0], [], 0
     other = analyses[1].counts if len(analyses) == 2 else None
     for position in choose_images(first.arrays, first.errors, first.counts, other=other, most=most).tolist():
@@ -189,7 +212,7 @@ def _image_data(analyses: list[_Analysis], pictures: Pictures, most: int) -> lis
                 "source": source,
                 "note": note,
                 **describe_image(first.arrays, position),
-                "runs": [describe_found(one.arrays, one.errors, one.counts, position) for one in analyses],
+                "runs": [describe_found(one.arrays, one.errors, one.counts, position, slider=slider) for one in analyses],
             }
         )
     return images

@@ -26,6 +26,7 @@ from resbackbone.errors import InputError
 
 Rows = Sequence[dict[str, Any]]
 Show = Callable[[dict[str, float]], None]
+Wrote = Callable[[str, Path], None]  # "figures" or "report", and the file
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -50,11 +51,13 @@ def evaluate_coco_files(
     images: Path | None = None,
     compare: Path | None = None,
     show: Show = lambda figures: None,
+    wrote: Wrote = lambda what, path: None,
 ) -> dict[str, float]:
     """`evaluate_coco`, and what it leaves: output/eval/metrics.json and, of boxes, the page report/index.html (else output/report's).
 
     images: the folder that the annotations' file names are in; without it boxes are drawn on blanks. compare: other detections, or the
-    folder of a run. show: is given the figures before anything is written. Raises InputError for what is wrong in any of them.
+    folder of a run. show: is given the figures before anything is written; wrote: each file
+    after it was. Raises InputError for what is wrong in any of them.
     """
     folder = report_folder(report, output, compare=compare)
     if iou_type != "bbox":
@@ -66,9 +69,9 @@ def evaluate_coco_files(
     figures = evaluate_coco(annotations, detections, iou_type=iou_type, engine=engine)
     show(figures)
     if output is not None:
-        write_metrics(output, figures)
+        wrote("figures", write_metrics(output, figures))
     if folder is not None and pictures is not None:
-        write_report(folder, _coco_run(annotations, detections, engine), pictures=pictures, other=other)
+        wrote("report", write_report(folder, _coco_run(annotations, detections, engine), pictures=pictures, other=other))
     return figures
 
 
@@ -82,6 +85,7 @@ def evaluate_voc_files(
     report: Path | None = None,
     compare: Path | None = None,
     show: Show = lambda figures: None,
+    wrote: Wrote = lambda what, path: None,
 ) -> dict[str, float]:
     """`evaluate_voc_file`, and the same left; pictures are those of the devkit that are there."""
     folder, source = report_folder(report, output, compare=compare), annotated_images(devkit, image_set)
@@ -89,9 +93,10 @@ def evaluate_voc_files(
     figures = voc_figures(source, detections, iou=iou)
     show(figures)
     if output is not None:
-        write_metrics(output, figures)
+        wrote("figures", write_metrics(output, figures))
     if folder is not None:
-        report_source(folder, source, detections, name=run_name(detections), figures=figures, compare=other, iou=iou)
+        name = run_name(detections)
+        wrote("report", report_source(folder, source, detections, name=name, figures=figures, compare=other, iou=iou))
     return figures
 
 
@@ -145,14 +150,6 @@ def report_folder(report: Path | None, output: Path | None, *, compare: Path | N
     return report if report is not None or output is None else output / "report"
 
 
-def print_places(*, output: Path | None, report: Path | None) -> None:
-    """What a tool prints last: where the report and the file of the figures are, if there. Of torchrun's processes one prints."""
-    folder = report_folder(report, output)
-    places = {"report": folder and folder / "index.html", "figures": output and output / "eval" / "metrics.json"}
-    if os.environ.get("RANK", "0") == "0":
-        print(*(f"{name} {path}\n" for name, path in places.items() if path is not None and path.is_file()), sep="", end="")
-
-
 def results_file(given: Path) -> Path:
     """The detections of a run's folder, or the file itself. Raises InputError for a folder without."""
     if not given.is_dir():
@@ -185,7 +182,7 @@ def _source_run(source: Source, detections: Path | Rows, name: str, iou: float, 
         area = voc_verdicts(voc_truth(source), detections, iou=iou)
         verdicts = {"mAP": area, "mAP_11_point": replace(area, metric="11-point")}
         evaluation = evaluate_coco_fully(source.annotations.to_coco(), rows, engine=engine)
-        return Run(name=name, evaluation=evaluation, figures=figures, verdicts=verdicts)
+        return Run(name=name, evaluation=evaluation, figures=figures, verdicts=verdicts, iou=iou)
     # COCO's own file where there is one, as evaluate_source takes it: areas and crowds are its own.
     truth: Path | dict[str, Any] = source.annotation_file or source.annotations.to_coco()
     given = detections if isinstance(detections, Path) else list(detections)

@@ -16,8 +16,13 @@ from detection.evaluation.bootstrap import (
     ClassVerdicts,
     Verdicts,
     affordable_draws,
+    class_aps,
     coco_verdicts,
+    compare_aps,
+    draws,
+    interval_of,
     mean_ap,
+    mean_aps,
     paired_bootstrap,
     voc_verdicts,
 )
@@ -157,6 +162,60 @@ def test_intervals_of_one_run_hold_what_other_test_sets_give_on_average() -> Non
     assert held >= 0.88 * sets, held
 
 
+def one_class(images: int, found: dict[int, list[bool]], objects: dict[int, int]) -> Verdicts:
+    """A class with `objects` in some of the images, and detections in this order of score, right or wrong."""
+    places = np.array([place for place, verdicts in found.items() for _ in verdicts], dtype=np.int64)
+    is_true = np.array([one for verdicts in found.values() for one in verdicts], dtype=bool)
+    counts = np.zeros(images, dtype=np.int64)
+    counts[list(objects)] = list(objects.values())
+    return Verdicts(metric="coco", entries=(ClassVerdicts(image=places, is_true=is_true, objects=counts),))
+
+
+def test_draws_without_an_object_of_the_class_tell_nothing() -> None:
+    """Six of 20 images have the class; the other run finds it in each, the first in none: every draw that has it says 1."""
+    objects = dict.fromkeys(range(0, 18, 3), 1)
+    nothing, everything = one_class(20, {}, objects), one_class(20, {n: [True] for n in objects}, objects)
+    times = draws(20, resamples=4000)
+    lacking = (times[:, list(objects)].sum(axis=1) == 0).sum()
+    assert lacking >= 2
+    gain = compare_aps(class_aps(nothing, times), class_aps(everything, times), level=1.0).difference
+    assert (gain.value, gain.low, gain.high) == pytest.approx((1.0, 1.0, 1.0), abs=1e-12)
+    assert np.isnan(class_aps(nothing, times)).sum() == lacking
+    assert (mean_aps(everything, times) == 0).sum() == lacking
+    alone = compare_aps(*[class_aps(everything, times)] * 2)
+    assert (alone.first.low, alone.share_better) == pytest.approx((1.0, 0.5), abs=1e-12)
+
+
+def test_draws_without_a_figure_are_left_out_literally() -> None:
+    draw = np.random.default_rng(4)
+    values = draw.normal(0.1, 0.02, 200)
+    values[draw.permutation(np.arange(1, 200))[:50]] = np.nan
+    kept = [one for one in values[1:].tolist() if one == one]
+    shift = sum(kept) / len(kept) - values[0]
+    found, share = interval_of(values, 0.9)
+    assert len(kept) == 149
+    assert (found.low, found.high) == pytest.approx((np.quantile(kept, 0.05) - shift, np.quantile(kept, 0.95) - shift), abs=1e-12)
+    assert share == 1.0
+
+
+def test_ends_stay_where_figures_can_be() -> None:
+    """Of draws that, moved to the figure, lie below 0 and above 1 in part."""
+    draw = np.random.default_rng(0)
+    poor, good = (np.append(value, draw.choice(aps, 300))[None] for value, aps in ((0.1, [0.0, 0.2, 0.4]), (0.95, [0.5, 0.9, 1.0])))
+    found = compare_aps(poor, good)
+    ends = {}
+    for name, values in (("poor", poor[0]), ("good", good[0]), ("gain", good[0] - poor[0])):
+        moved = values[1:] - values[1:].mean() + values[0]
+        ends[name] = (np.quantile(moved, 0.025), np.quantile(moved, 0.975))
+    assert ends["poor"][0] < -0.05
+    assert min(ends["good"][1], ends["gain"][1]) > 1.05
+    assert (found.first.low, found.first.high) == pytest.approx((0.0, ends["poor"][1]), abs=1e-12)
+    assert (found.second.low, found.second.high) == pytest.approx((ends["good"][0], 1.0), abs=1e-12)
+    assert (found.difference.low, found.difference.high) == pytest.approx((ends["gain"][0], 1.0), abs=1e-12)
+    loss = compare_aps(good, poor).difference
+    assert (loss.low, loss.high) == pytest.approx((-1.0, -ends["gain"][0]), abs=1e-12)
+
+
 def test_draws_are_fewer_where_many_would_take_minutes() -> None:
     run = simulated(np.random.default_rng(1), 300)
     rows = sum(len(entry.image) for entry in run.entries)
@@ -173,5 +232,8 @@ def test_runs_on_other_images_are_refused(shared_data: Path) -> None:
     with pytest.raises(InputError, match="on 100 images by the metric coco"):
         paired_bootstrap(run, coco_verdicts(truth, rows))
     nothing = coco_verdicts({"images": [], "annotations": [], "categories": []}, [])
-    with pytest.raises(InputError, match="on the same images"):
+    with pytest.raises(InputError, match="on the same images, at least two"):
         paired_bootstrap(nothing, nothing)
+    single = one_class(1, {0: [True]}, {0: 1})
+    with pytest.raises(InputError, match=r"runs on 1 images .* at least two"):
+        paired_bootstrap(single, single)

@@ -99,12 +99,13 @@ def test_class_figures_average_to_the_whole() -> None:
     assert np.mean(classes) == pytest.approx(figures["AP"], abs=1e-12)
 
 
-def test_annotation_id_0_gives_cocos_figure_not_the_fast_engines() -> None:
+def test_annotation_id_0_gives_cocos_figure_not_the_fast_engines(caplog: pytest.LogCaptureFixture) -> None:
     """pycocotools never counts annotation 0 as found; so do the figures people publish."""
     truth, rows = random_case(7, "bbox")
     truth["annotations"] = [one | {"id": one["id"] - 1} for one in truth["annotations"]]
     figures, _ = raw_pycocotools(truth, rows, "bbox")
     assert [evaluate_coco(truth, rows)[name] for name in NAMES] == figures
+    assert "annotation 0 never counts as found" in caplog.text
     if importlib.util.find_spec("hotcoco") is not None:
         with pytest.raises(InputError, match="id 0; take the engine auto"):
             evaluate_coco(truth, rows, engine="hotcoco")

@@ -42,9 +42,9 @@ def test_coco_prints_the_twelve_published_figures(
     expected = json.loads((shared_data / "known_answers" / "coco_val2014_100" / "expected.json").read_text())
     arguments = [word.format(iou_type) for word in coco_files]
     assert eval_coco.main([*arguments, "--iou-type", iou_type, "--output", str(tmp_path)]) == 0
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert last == f"figures {tmp_path / 'eval' / 'metrics.json'}"
-    assert lines[12:] == ([f"report {tmp_path / 'report' / 'index.html'}"] if iou_type == "bbox" else [])
+    lines = capsys.readouterr().out.splitlines()
+    page = [f"report {tmp_path / 'report' / 'index.html'}"] if iou_type == "bbox" else []
+    assert lines[12:] == [f"figures {tmp_path / 'eval' / 'metrics.json'}", *page]
     lines = lines[:12]
     assert lines[0].startswith(" Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 0.")
     assert [float(line.rpartition(" = ")[2]) for line in lines] == [expected["_published_3_digits"][iou_type][name] for name in NAMES]
@@ -57,7 +57,7 @@ def test_voc_prints_its_table(voc_files: list[str], tmp_path: Path, capsys: pyte
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["class", "11-point", "area", "COCO", "AP"]
     assert lines[21].split()[:3] == ["mean", "0.577850", "0.578884"]
-    assert lines[-2:] == [f"report {tmp_path / 'report' / 'index.html'}", f"figures {tmp_path / 'eval' / 'metrics.json'}"]
+    assert lines[-2:] == [f"figures {tmp_path / 'eval' / 'metrics.json'}", f"report {tmp_path / 'report' / 'index.html'}"]
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["mAP"] == pytest.approx(0.578884, abs=1e-6)
     assert eval_voc.main([*voc_files, "--iou", "0.75"]) == 0
     assert "0.360840   0.353917" in capsys.readouterr().out

@@ -117,6 +117,8 @@ def test_nothing_to_judge() -> None:
     [
         ({"image_id": "2008_00464"}, r"no image '2008_00464' \(row \[1\] is the first of 1\); did you mean '2008_004646'\?.* --image-set"),
         ({"category": "sheeep"}, "there is no class 'sheeep' .*did you mean 'sheep'"),
+        ({"category": "shee"}, "there is no class 'shee' .*did you mean 'sheep'"),
+        ({"image_id": "2008_0046"}, r"no image '2008_0046' \(row \[1\] is the first of 1\)"),
         ({"bbox": [1, 2, 3]}, r"row \[1\], bbox: expected list of length 4"),
         ({"score": None}, r"row \[1\], score: expected a number, got nothing"),
         ({"category": 3}, r"row \[1\], category: expected text, got a whole number"),

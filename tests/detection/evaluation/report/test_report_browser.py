@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,7 @@ def test_choosing_a_class_filters_everything(one: Page, folder: Path) -> None:
 
 
 def test_the_threshold_and_the_boxes_to_draw(one: Page) -> None:
+    assert one.run("[document.getElementById('threshold').min, document.getElementById('threshold').step]") == ["0.05", "0.01"]
     boxes = "document.querySelectorAll('#grid .box{}').length"
     before, truth, right = (one.run(boxes.format(name)) for name in ("", ".truth", ".right"))
     assert right == truth > 10  # an object that is found, and what found it
@@ -222,6 +226,68 @@ def test_two_runs_side_by_side(browser: Page, folder: Path) -> None:
     browser.click("#confusion-run button:nth-child(2)")
     assert text_of(browser, "#matrix") != before
     assert browser.complaints == []
+
+
+def open_changed(page: Page, report: Path, changes: dict[str, Any]) -> None:
+    """A report with other data: a value for a path of keys, such as runs.0.iou."""
+    data, path = data_of(report), report.parent / "changed.html"
+    for keys, value in changes.items():
+        *way, last = [int(key) if key.isdigit() else key for key in keys.split(".")]
+        reduce(getitem, way, data)[last] = value
+    path.write_text(fill_page(data), encoding="utf-8")
+    page.complaints.clear()
+    page.open(path, ready=READY)
+
+
+def test_a_detector_of_low_scores_is_found_where_the_matrix_finds_it(browser: Page, tmp_path: Path) -> None:
+    """Its best F1 lies far below 0.05; the captions at the slider's beginning count what the confusion matrix counts."""
+    source = shapes(12)
+    records = noisy_records(source)
+    for one in records:
+        one.detections.scores.mul_(0.04)
+    browser.complaints.clear()
+    browser.open(report_records(tmp_path, source, records, name="low"), ready=READY)
+    (run,) = data_of(tmp_path)["runs"]
+    least = math.floor(run["threshold"] * 1000) / 1000
+    slider = browser.run("(() => { const one = document.getElementById('threshold'); return [one.min, one.step, one.value]; })()")
+    assert slider == [f"{least:g}", "0.001", f"{least:g}"]
+    assert text_of(browser, "#threshold-value") == f"{least:.3f}"
+    texts = browser.run("[...document.querySelectorAll('#grid figcaption span')].map(one => one.textContent)")
+    right = [int(re.findall(r"\d+", text)[0]) for text in texts]
+    assert sum(right) == sum(times for there, called, times in run["confusion"] if there == called) > 10
+    assert f"Detections scored {run['threshold']:.3f} or more" in text_of(browser, "#confusion-note")
+    assert (len(right), browser.complaints) == (12, [])
+
+
+def test_differences_without_an_interval(browser: Page, folder: Path) -> None:
+    open_changed(browser, folder / "two", {"comparison.classes.1": [0.5, None, None], "comparison.classes.2": None})
+    rows = browser.run("[...document.querySelectorAll('#class-table tr')].map(row => [...row.children].map(one => one.textContent))")
+    names, place = data_of(folder / "two")["classes"], rows[0].index("95 % interval")
+    cells = {row[0]: row[place - 1 : place + 1] for row in rows}
+    assert [cells[name] for name in names[1:]] == [["+0.500", "–"], ["–", "–"]]
+    assert " … " in cells[names[0]][1]
+    assert (
+        browser.run("[...document.querySelectorAll('#class-table td')].filter(one => one.textContent === '+0.500')[0].className") == "quiet"
+    )
+    browser.click("#class-table [data-sort='interval']")
+    assert "fewer than 5 images" in text_of(browser, "#classes-note")
+    assert browser.complaints == []
+
+
+@pytest.mark.parametrize("report", ["one", "two"])
+def test_a_set_of_one_image_has_no_interval(browser: Page, folder: Path, report: str) -> None:
+    changes = {"resamples": 0, "runs.0.intervals": {}} | ({"comparison.overall": {}} if report == "two" else {})
+    open_changed(browser, folder / report, changes)
+    assert " … " not in text_of(browser, "#cards") + text_of(browser, "#figures")
+    assert "There are no intervals" in text_of(browser, "#figures")
+    assert browser.complaints == []
+
+
+def test_an_interval_from_0_and_vocs_threshold(browser: Page, folder: Path) -> None:
+    open_changed(browser, folder / "one", {"runs.0.intervals.AP": [0.1, -0.0, 0.25], "runs.0.figures.mAP": 0.75, "runs.0.iou": 0.01})
+    assert text_of(browser, "[data-interval='AP']") == "95 %: 0.000 … 0.250"
+    assert text_of(browser, "#cards .card") == "VOC mAP0.750area, IoU 0.01"
+    assert "VOC mAP, area, IoU 0.01" in text_of(browser, "#figures")
 
 
 def test_every_control_has_a_name(one: Page) -> None:

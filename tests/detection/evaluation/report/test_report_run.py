@@ -59,7 +59,10 @@ def test_the_tool_leaves_one_and_compares_runs(
     first, second = report_of(tmp_path / "r")["runs"]
     assert first["figures"] == pytest.approx({name: second["figures"][name] for name in first["figures"]}, abs=1e-6)
     assert eval_coco.main([*weights, "--output", str(tmp_path / "o")]) == 0
-    assert capsys.readouterr().out.splitlines()[-2] == f"report {tmp_path / 'o' / 'report' / 'index.html'}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"report {tmp_path / 'o' / 'report' / 'index.html'}"
     assert eval_coco.main([*weights, "--output", str(tmp_path / "q"), "eval.report=false"]) == 0
     assert (tmp_path / "q" / "eval" / "metrics.json").is_file()
     assert not (tmp_path / "q" / "report").exists()
+    capsys.readouterr()
+    assert eval_coco.main([*weights, "--output", str(tmp_path / "o"), "eval.report=false"]) == 0
+    assert "report" not in capsys.readouterr().out.splitlines()[-1], "the page there is an earlier evaluation's"
