@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from detection.draw import draw_detections, save_image
-from detection.inputs import Frame, IncompleteVideo, expand, frames_of, is_camera, is_video
+from detection.inputs import Frame, IncompleteVideo, expand, frames_of, is_camera, is_video, printable
 from detection.pipeline import overlapped
 from detection.predict import Predictor
 from detection.structures import Detections
@@ -61,15 +61,15 @@ def detect_all(
                 written = _write(source, targets[number], (result for _, result in of_source), predictor.classes, threshold)
             if isinstance(written, InputError):
                 given_up.add(number)
-                complaints.append(str(written))
-                log(f"skipped: {written}")
+                complaints.append(printable(str(written)))
+                log(f"skipped: {complaints[-1]}")
                 continue
             path, count, lack = written
             drawn.append(path)
-            log(f"{source}: {count} detections of at least {threshold:g} → {path}")
+            log(printable(f"{source}: {count} detections of at least {threshold:g} → {path}"))
             if lack is not None:
-                complaints.append(f"{lack}; what could be read is in {path}")
-                log(f"incomplete: {lack}")
+                complaints.append(printable(f"{lack}; what could be read is in {path}"))
+                log(printable(f"incomplete: {lack}"))
     return drawn, complaints
 
 
@@ -141,7 +141,7 @@ def _write(
                 frame, found = result
                 picture = draw_detections(frame.image, found, classes, threshold=threshold)
                 record = _as_json(frame, found, classes)
-                count += sum(detection["score"] >= threshold for detection in record["detections"])
+                count += int((found.scores >= threshold).sum())  # as drawing compares; the record's scores are rounded
                 if frame.index is None:
                     json_path.write_text(json.dumps({"source": source, **record}, indent=1) + "\n")
                     save_image(path, picture)
@@ -189,6 +189,8 @@ def _frames_json(path: Path, source: str) -> Iterator[Callable[[dict[str, Any]],
 def _video(path: Path, picture: np.ndarray, frames_per_second: float) -> Iterator[cv2.VideoWriter]:
     """A video of pictures like this one. Raises InputError where OpenCV can't begin it."""
     height, width = picture.shape[:2]
+    if printable(str(path)) != str(path):  # it would end the process
+        raise InputError(f"{path}: OpenCV can't write a video whose name, folders included, is not UTF-8; choose another --output")
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), frames_per_second, (width, height))
     try:
         if not writer.isOpened():

@@ -61,7 +61,8 @@ def color_of(label: int) -> tuple[int, int, int]:
 
 def save_image(path: Path, picture: np.ndarray) -> None:
     """Write an RGB uint8 picture in the format of its suffix. Raises InputError where it cannot be written."""
-    if not cv2.haveImageWriter(str(path)):
+    # Only the suffix goes to OpenCV, and no odd one: it ends the whole process at text that isn't UTF-8, as a file's name may be.
+    if not path.suffix.isascii() or not cv2.haveImageWriter(f"picture{path.suffix}"):
         raise InputError(f"{path}: pictures of kind {path.suffix or 'without a suffix'} cannot be written; name it .jpg or .png")
     options = [cv2.IMWRITE_JPEG_QUALITY, 90] if path.suffix.lower() in (".jpg", ".jpeg") else []
     is_encoded, data = cv2.imencode(path.suffix, picture[..., ::-1], options)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import glob
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from detection.data.images import read_image
+from detection.data.images import UnreadableImage, read_image
 from resbackbone.errors import InputError, nearest
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
+# What OpenCV's FFmpeg may decode; a file of such a name that it can't is said to be no such video, rather than no image.
+VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".mts", ".m2ts", ".ogv"}
 MOST_PICTURES = 8  # to check an export on: each is run six times, in two sizes, alone and beside its mirror image
 MOST_FRAMES_PER_SECOND = 1000.0  # more is what a camera says that doesn't know
 # Frames that may lack of what a video announces. AVI and MP4 count them; of Matroska and WebM the number is length times rate, which is off
@@ -45,6 +47,11 @@ def is_video(source: str) -> bool:
     return is_camera(source) or Path(source).suffix.lower() in VIDEOS
 
 
+def printable(text: str) -> str:
+    """`text` with what is not UTF-8 in it as \\xe9: such bytes may name a file, but can be neither printed nor given to OpenCV."""
+    return text.encode("utf-8", sys.getfilesystemencodeerrors()).decode("utf-8", "backslashreplace")
+
+
 def expand(inputs: Sequence[str], *, stills: bool = False) -> list[str]:
     """Each input as files (or a camera number): folders give their images and videos, globs what they match, in order.
 
@@ -54,7 +61,8 @@ def expand(inputs: Sequence[str], *, stills: bool = False) -> list[str]:
     missing = [given + _near(given) for given, found in matches.items() if not found]
     if missing:
         wanted, more = ("image", "") if stills else ("image or video", ", or a camera number")
-        raise InputError(f"no {wanted} at {' and none at '.join(missing)}; give files, a folder with {', '.join(sorted(IMAGES))}{more}")
+        kinds = ", ".join(sorted(IMAGES if stills else IMAGES | VIDEOS))
+        raise InputError(f"no {wanted} at {' and none at '.join(missing)}; give files, a folder with {kinds}{more}")
     return [source for given in inputs for source in matches[given]]
 
 
@@ -93,14 +101,25 @@ def frames_of(source: str) -> Generator[Frame, None, None]:
     IncompleteVideo comes after the frames of a video that is cut off or damaged.
     """
     if not is_video(source):
-        yield Frame(name=Path(source).name, image=read_image(Path(source)))
+        yield Frame(name=Path(source).name, image=_still(Path(source)))
         return
     yield from _video_frames(source)
+
+
+def _still(path: Path) -> np.ndarray:
+    try:
+        return read_image(path)
+    except UnreadableImage as error:
+        if path.suffix.lower() in IMAGES:
+            raise
+        raise InputError(f"{error}; a video should end with {', '.join(sorted(VIDEOS))}") from None
 
 
 def _video_frames(source: str) -> Generator[Frame, None, None]:
     import cv2
 
+    if printable(source) != source:  # it would end the process
+        raise InputError(f"{source}: OpenCV can't open a video whose name, folders included, is not UTF-8; rename it, or link to it")
     capture = cv2.VideoCapture(int(source) if is_camera(source) else source)
     name, rate = f"camera{source}" if is_camera(source) else Path(source).name, capture.get(cv2.CAP_PROP_FPS)
     announced = 0 if is_camera(source) else int(capture.get(cv2.CAP_PROP_FRAME_COUNT))

@@ -36,12 +36,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     from detection.detect import detect_all
+    from detection.inputs import printable
     from detection.predict import Predictor, resolve_configs
 
     configs = resolve_configs(args.config, args.weights, args.overrides)
     predictor, options = Predictor(configs, args.weights), {"threshold": args.threshold, "batch_size": args.batch_size}
     drawn, complaints = detect_all(predictor, args.inputs, args.output, **options)
-    print(f"{len(drawn)} drawn, {len(complaints)} with complaints; {args.output}")
+    print(printable(f"{len(drawn)} drawn, {len(complaints)} with complaints; {args.output}"))
     return 1 if complaints else 0
 
 

@@ -98,7 +98,7 @@ def _with_segment(header: ImageHeader, marker: int, body: bytes) -> ImageHeader:
         bits, height, width, channels = struct.unpack_from(">BHHB", body)
         return replace(header, bits=bits, height=height, width=width, channels=channels)
     if marker == 0xE1 and body[:6] == b"Exif\0\0":
-        return replace(header, orientation=_orientation(body[6:]))
+        return replace(header, orientation=orientation_of(body[6:]))
     if marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
         return replace(header, adobe_transform=body[11])
     return header
@@ -115,15 +115,15 @@ def _png_header(data: bytes) -> ImageHeader:
         if kind == b"IDAT":
             break
         if kind == b"eXIf":
-            header = replace(header, orientation=_orientation(data[position + 8 : position + 8 + length]))
+            header = replace(header, orientation=orientation_of(data[position + 8 : position + 8 + length]))
         if kind == b"tRNS":
             header = replace(header, channels=4)
         position += 12 + length
     return replace(header, pixels_at=position)
 
 
-def _orientation(tiff: bytes) -> int:
-    """Tag 0x0112 of an EXIF block's first directory; 1 (upright) when absent or damaged."""
+def orientation_of(tiff: bytes) -> int:
+    """Tag 0x0112 of the first directory of an EXIF block or TIFF file; 1 (upright) when absent or damaged."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or len(tiff) < 10:
         return 1

@@ -6,8 +6,11 @@ channel ignored, as PIL's convert("RGB") and OpenCV do (the colours under it are
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +22,11 @@ import torch
 
 from resbackbone.errors import InputError
 
-from .image_header import MAX_PIXELS, BrokenHeader, ImageHeader, is_cut_off, read_header
+from .image_header import MAX_PIXELS, BrokenHeader, ImageHeader, is_cut_off, orientation_of, read_header
 
 _HEADER_BYTES = 2**18
+_NO_DESCRIPTOR = {errno.EMFILE, errno.ENFILE}  # says nothing about the file: a run that skipped it would go on with black images
+_INVERSE = (0, 1, 2, 3, 4, 5, 8, 7, 6)  # of an EXIF orientation: what turns an upright image back
 # What makes uint8 [H, W, 3] of other kinds of numbers, of channels, and of channels that come first.
 _AS_BYTES = {"u2": "(image / 257).round().astype(np.uint8), 16 bits", "f": "(image * 255).round().astype(np.uint8), if from 0 to 1"}
 _AS_THREE = {1: "image.repeat(3, axis=2), grey", 4: "image[..., :3], without the alpha channel"}
@@ -115,13 +120,19 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(shrunk[0].permute(1, 2, 0).numpy())
 
 
-def _opened(path: Path | str) -> BinaryIO:
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[BinaryIO]:
+    """The file, to read in the block; what fails there is told as what fails in opening it."""
     try:
-        return open(path, "rb")
+        with open(path, "rb") as file:
+            yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such image file") from None
     except OSError as error:
-        raise UnreadableImage(f"{path}: cannot be opened ({error.strerror})") from None
+        if error.errno in _NO_DESCRIPTOR:
+            raise InputError(f"{path}: cannot be read: too many open files; allow more (ulimit -n), or use fewer data.workers") from None
+        why = error.strerror or error
+        raise UnreadableImage(f"{path}: cannot be read ({why}); check its permissions and its disk, or copy it again") from None
 
 
 def _read_bytes(path: Path | str) -> bytes:
@@ -143,7 +154,7 @@ def _checked_header(data: bytes, path: Path | str) -> ImageHeader:
 
 
 def _decode(data: bytes, header: ImageHeader, path: Path | str, *, exif: bool) -> np.ndarray:
-    """RGB as stored for JPEG and PNG (the caller turns it); other formats are turned by OpenCV here."""
+    """RGB as stored for JPEG and PNG (the caller turns it); other formats are turned by OpenCV here, and back for exif=False."""
     if header.format == "jpeg" and header.bits == 8 and (header.channels == 1 or (header.channels == 3 and header.adobe_transform == 1)):
         image = _decode_plain_jpeg(data)
         if image is not None:
@@ -157,6 +168,8 @@ def _decode(data: bytes, header: ImageHeader, path: Path | str, *, exif: bool) -
         raise UnreadableImage(f"{path}: OpenCV cannot decode it ({str(error).strip()[:200]})") from None
     if image is None:
         raise UnreadableImage(f"{path}: the {header.format.upper()} data is damaged or of a kind OpenCV cannot decode")
+    if header.format == "tiff" and not exif:  # OpenCV's reader of TIFFs turns them whatever the flag says
+        image = _turned(image, _INVERSE[orientation_of(data)])
     return image if flags != cv2.IMREAD_UNCHANGED else _to_rgb(image)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
+import os
+import re
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,10 +29,21 @@ from .arrays import SHARED_MEMORY_HELP, check_shared_memory
 from .dataset import DetectionDataset
 from .source import Source
 
+try:
+    import resource
+except ImportError:  # Windows, where open files have no such limit
+    resource = None  # type: ignore[assignment]
+
 _PREFETCH = 2  # batches each worker keeps ready
 _PAD_TO = 32  # images of one padded shape go together; the detector pads to this
 _QUEUE_BYTES = 2**16  # a worker's queues, locks and events, generously
 _SIGTERM_GRACE_S = 60
+_SPARE_DESCRIPTORS = 32  # a worker's image, logs and connections
+_SHARED_MEMORY_NAME = re.compile(r"(</?|/dev/shm/)torch_\d+_")  # as torch says it: </torch_PID_RANDOM_NUMBER>
+_OPEN_FILES_HELP = (
+    "Allow more open files (ulimit -n 65536 before the start; docker run --ulimit nofile=65536), or set fewer data.workers or a smaller "
+    "train.batch_size: each tensor of a batch on its way takes one"
+)
 
 
 def build_train_loader(
@@ -115,6 +129,8 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """From the sampler's position on. Raises InputError for bad data, and for too little shared memory saying which setting helps."""
+        if self.workers:
+            _raise_open_files_limit()
         batches = self._batches()
         _running().add(batches)
         return batches
@@ -137,8 +153,8 @@ class BatchLoader:
                 if isinstance(batch, InputError):
                     raise batch
                 yield batch
-        except (RuntimeError, OSError) as error:
-            explained = _explained(error)
+        except (RuntimeError, OSError, EOFError) as error:
+            explained = _explained(error) if self.workers or not isinstance(error, EOFError) else None
             if explained is None:
                 raise
             raise InputError(explained) from error
@@ -158,8 +174,14 @@ def _running() -> weakref.WeakSet:
 
 def _explained(error: Exception) -> str | None:
     """The words for a loader that the machine stopped, or None for any other error."""
-    text = str(error).lower()
-    if "shared memory" in text or "bus error" in text or "/torch_" in text or getattr(error, "errno", None) == errno.ENOSPC:
+    lines = str(error).lower().split("\n")
+    # Of a worker's error, the last line says what it was; those before are its traceback, and name any folder.
+    text, code = next((line for line in reversed(lines) if line.strip()), ""), getattr(error, "errno", None)
+    # The worker's end of a connection that has no descriptor left hangs up without a word.
+    has_hung_up = isinstance(error, EOFError) and (not text or "pin memory thread" in lines[0])
+    if has_hung_up or "ancdata" in text or "too many open files" in text or code in (errno.EMFILE, errno.ENFILE):
+        return f"the data workers ran out of open files (file descriptors). {_OPEN_FILES_HELP}"
+    if "shared memory" in text or "bus error" in text or _SHARED_MEMORY_NAME.search(text) or code == errno.ENOSPC:
         return f"a data worker ran out of shared memory (/dev/shm). {SHARED_MEMORY_HELP}"
     if "killed by signal: killed" in text:
         return "a data worker was killed, most likely because memory ran out; set fewer data.workers or a smaller train.batch_size"
@@ -192,12 +214,35 @@ def _to_shared_memory(batch: Batch) -> Batch:
     """Move the batch here, where a failure can be answered; the queue's own thread would die of it and leave the training waiting."""
     tensors = [*batch.images, *(tensor for target in batch.targets for tensor in _tensors(target))]
     check_shared_memory(sum(tensor.nbytes for tensor in tensors), what="a batch")
+    _check_descriptors(len(tensors))
     try:
         for tensor in tensors:
             tensor.share_memory_()
     except RuntimeError as error:
-        raise InputError(f"a data worker ran out of shared memory (/dev/shm). {SHARED_MEMORY_HELP}") from error
+        raise InputError(_explained(error) or f"a data worker can't share its batch: {error}. {SHARED_MEMORY_HELP}") from error
     return batch
+
+
+def _raise_open_files_limit() -> None:
+    """The soft limit becomes the hard one, as any process may: batches need more than the usual 1024."""
+    if resource is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS has a hard limit that it doesn't allow
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _check_descriptors(num_tensors: int) -> None:
+    """Refuse before the queue's thread would fail. A tensor takes a file descriptor in its worker, and another until it is taken over.
+
+    Raises InputError that names the settings that help.
+    """
+    if resource is None or torch.multiprocessing.get_sharing_strategy() != "file_descriptor" or not os.path.isdir("/proc/self/fd"):
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd"))
+    if limit != resource.RLIM_INFINITY and in_use + 2 * num_tensors + _SPARE_DESCRIPTORS > limit:
+        needs = f"a batch of {num_tensors} tensors needs {2 * num_tensors} open files, of the {limit} allowed {in_use} are in use"
+        raise InputError(f"the data workers ran out of open files (file descriptors): {needs}. {_OPEN_FILES_HELP}")
 
 
 def _tensors(target: object) -> list[Tensor]:

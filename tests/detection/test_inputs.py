@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from detection.inputs import IncompleteVideo, expand, frames_of, is_camera, read_some
+from detection.inputs import IncompleteVideo, expand, frames_of, is_camera, is_video, read_some
 from resbackbone.errors import InputError
 
 
@@ -72,6 +72,35 @@ def test_of_many_images_a_few_are_read(folder: Path) -> None:
     assert said == ["looking at 8 of 20 images, evenly spread"]
     assert len(read_some(["a.jpg", "."], most=3, log=said.append)) == 3
     assert len(said) == 1
+
+
+def test_every_usual_video_is_one_and_else_the_endings_are_said(folder: Path) -> None:
+    for name in ("a.mpg", "b.MPEG", "c.wmv", "d.flv", "e.3gp", "f.ts", "g.mts", "h.m2ts", "i.ogv"):
+        (folder / "empty" / name).write_bytes(b"\0\0\1\xba")
+        assert is_video(name)
+    assert len(expand(["empty"])) == 9
+    assert expand(["notes.txt"]) == ["notes.txt"]
+    with pytest.raises(InputError, match=r"notes\.txt: .* no image format known here .*; a video should end with \.3gp, \.avi, .*, \.wmv$"):
+        list(frames_of("notes.txt"))
+    (folder / "c.jpg").write_bytes(b"<html>")
+    with pytest.raises(InputError, match=r"a web page$"):
+        list(frames_of("c.jpg"))
+    with pytest.raises(InputError, match=r"give files, a folder with \.3gp, .*\.jpg, .*\.mpg, .*, or a camera number"):
+        expand(["nothing"])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "code"), [("mpg", "MPG1"), ("mpeg", "MPG2"), ("wmv", "WMV2"), ("flv", "FLV1"), ("3gp", "mp4v"), ("ts", "MPG2")]
+)
+def test_other_videos_are_read_whole(tmp_path: Path, suffix: str, code: str) -> None:
+    path = tmp_path / f"clip.{suffix}"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), 25, (64, 48))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV writes no such video")
+    for number in range(7):
+        writer.write(np.full((48, 64, 3), 30 * number, np.uint8))
+    writer.release()
+    assert [frame.index for frame in frames_of(str(path))] == list(range(7))
 
 
 class Capture:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -76,6 +79,22 @@ def test_all_eight_orientations(tmp_path: Path, orientation: int, kind: str) -> 
     assert image_size(path) == expected.shape[:2]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+@pytest.mark.parametrize("how", [{"format": "tiff"}, {"format": "tiff", "compression": "tiff_lzw"}, {"format": "webp", "lossless": True}])
+def test_stored_pixels_of_what_opencv_turns(tmp_path: Path, orientation: int, mode: str, how: dict[str, Any]) -> None:
+    pixels = np.random.default_rng(orientation).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    stored, exif, path = Image.fromarray(pixels).convert(mode), Image.Exif(), tmp_path / "turned"
+    exif[0x0112] = orientation
+    stored.save(path, exif=exif, **how)
+    raw = stored.convert("RGB")
+    raw.getexif()[0x0112] = orientation
+    assert np.array_equal(read_image(path, exif=False), np.asarray(raw))
+    assert np.array_equal(read_image(path), np.asarray(ImageOps.exif_transpose(raw)))
+    assert image_size(path, exif=False) == (16, 24)
+    assert image_size(path) == ((24, 16) if orientation >= 5 else (16, 24))
+
+
 @pytest.mark.parametrize("suffix", ["bmp", "webp", "tiff", "gif"])
 def test_other_formats(tmp_path: Path, suffix: str, bad_inputs: Path) -> None:
     path = tmp_path / f"image.{suffix}"
@@ -110,8 +129,28 @@ def test_huge_header_is_refused_before_anything_is_allocated(bad_inputs: Path, m
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such image file"):
         read_image(tmp_path / "nothing.jpg")
-    with pytest.raises(UnreadableImage, match="cannot be opened"):
+    with pytest.raises(UnreadableImage, match=r"cannot be read \(Is a directory\)"):
         read_image(tmp_path)
+
+
+def test_what_the_disk_fails_to_read_is_unreadable(tmp_path: Path) -> None:
+    if not Path("/proc/self/mem").exists():
+        pytest.skip("nothing here opens but fails to be read")
+    (tmp_path / "a.jpg").symlink_to("/proc/self/mem")
+    for read in (read_image, image_header, image_size):
+        with pytest.raises(UnreadableImage, match=r"a\.jpg: cannot be read \(Input/output error\)"):
+            read(tmp_path / "a.jpg")
+
+
+def test_a_process_without_descriptors_blames_no_image(bad_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(images_module, "open", full, raising=False)
+    for read in (read_image, image_header):
+        with pytest.raises(InputError, match="ulimit -n") as caught:
+            read(bad_inputs / "ok_1.jpg")
+        assert not isinstance(caught.value, UnreadableImage), "it would be skipped, and the run go on without"
 
 
 def test_files_cut_off_anywhere_never_pass_for_whole(bad_inputs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -158,7 +159,15 @@ def test_too_little_shared_memory_is_said_before_it_kills(shapes: Source, monkey
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. It is possible that …"), "shared memory"),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"), "shared memory"),
         (OSError(28, "No space left on device"), "shared memory"),
+        (RuntimeError("unable to mmap 8 bytes from file </torch_12_345_6>: Cannot allocate memory (12)"), "shared memory"),
+        (
+            RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n  …\nRuntimeError: /dev/shm/torch_1_2\n"),
+            "shared memory",
+        ),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), "memory ran out"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (RuntimeError("unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files (24)"), "ulimit -n"),
+        (OSError(24, "Too many open files"), "ulimit -n"),
     ],
 )
 def test_what_the_machine_does_to_workers_is_explained(
@@ -172,6 +181,40 @@ def test_what_the_machine_does_to_workers_is_explained(
     with pytest.raises(InputError, match=words) as caught:
         next(iter(loader))
     assert "data.workers" in str(caught.value)
+
+
+@pytest.mark.parametrize("said", ["", "Caught EOFError in pin memory thread for device 0.\nOriginal Traceback …\nEOFError\n"])
+def test_a_worker_that_hangs_up_is_explained_where_there_is_one(shapes: Source, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    def fails(_: object) -> None:
+        raise EOFError(said)
+
+    monkeypatch.setattr(loader_module, "DataLoader", lambda *_, **__: map(fails, [0]))
+    with pytest.raises(InputError, match=r"ulimit -n .* fewer data\.workers or a smaller train\.batch_size"):
+        next(iter(train(shapes, workers=1)[0]))
+    with pytest.raises(EOFError):
+        next(iter(train(shapes)[0]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+            '  File "/data/torch_1_2/killed by signal: Killed/shared memory/mine.py", line 3, in load\nRuntimeError: a bad record\n'
+        ),
+        OSError(5, "Input/output error", "/data/torch_12_34/x.jpg"),
+        EOFError("Caught EOFError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\nEOFError\n"),
+        EOFError("Ran out of input"),
+    ],
+)
+def test_a_folders_name_explains_nothing(shapes: Source, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loader_module, "DataLoader", lambda *_, **__: map(fails, [0]))
+    with pytest.raises(type(error)) as caught:
+        next(iter(train(shapes, workers=1)[0]))
+    assert caught.value is error
 
 
 def test_other_errors_stay_what_they_are(shapes: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +252,35 @@ def test_a_really_small_shared_memory(tmp_path: Path, repository: Path) -> None:
     command = f"mount -t tmpfs -o size=2m tmpfs /dev/shm && exec {sys.executable} {script}"
     done = _run(["unshare", "-m", "sh", "-c", command], repository)
     assert "data.workers=0" in done.stdout, done.stderr
+
+
+_FEW_FILES = """
+    import resource
+    import sys
+    from detection.data import load_source
+    from detection.data.loader import build_train_loader
+    from resbackbone.errors import InputError
+
+    soft, hard = map(int, sys.argv[1:])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    source = load_source("shapes", None, "train", images=64, size=32, masks=True)
+    loader, _ = build_train_loader(source, batch_size=32, workers=1, seed=0, min_size=32, max_size=32)
+    batches = iter(loader)
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+    try:
+        print(len(next(batches)))
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere tensors travel otherwise")
+@pytest.mark.parametrize(("hard", "words"), [(1024, "^32$"), (128, "160 tensors needs 320 open files, of the 128 allowed .*ulimit -n")])
+def test_few_open_files_are_made_more_or_said(repository: Path, hard: int, words: str) -> None:
+    done = _run([sys.executable, "-c", textwrap.dedent(_FEW_FILES), "128", str(hard)], repository)
+    limits, said = done.stdout.splitlines()
+    assert limits == f"({hard}, {hard})", done.stderr
+    assert re.search(words, said), said
 
 
 # Workers and signals ------------------------------------------------------------------------------------------------------------------
