@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -71,3 +74,29 @@ def test_the_script_s_opencv_is_the_one_that_is_asked_for(repository: Path) -> N
     as_numbers = [[int(part) for part in version.split(".")] for version in ("4.11", floor, tested)]
     assert as_numbers == sorted(as_numbers)
     assert documented == floor
+
+
+class WholeImage:
+    """A program that finds one thing, as large as the image that it was given."""
+
+    def get_modelmeta(self) -> Any:
+        return SimpleNamespace(custom_metadata_map={"classes": json.dumps(["cat"]), "min_size": "800", "max_size": "1333"})
+
+    def run(self, _: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        height, width = inputs["sizes"][0]
+        return [np.array([[[0, 0, width, height]]], np.float32), np.ones((1, 1), np.float32), np.ones((1, 1), np.int64)]
+
+
+@pytest.mark.parametrize("size", [(70, 1300), (375, 500), (3000, 4001)])
+def test_the_documentation_s_script_reaches_the_far_edge(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: tuple[int, int]
+) -> None:
+    """Sizes are whole pixels once resized, so width and height were scaled a little differently."""
+    pytest.importorskip("onnxruntime")
+    text = (repository / "docs" / "export.md").read_text().split("<!-- file: run_onnx.py -->\n```python\n")[1].split("```")[0]
+    script: dict[str, Any] = {"__name__": "run_onnx"}
+    exec(text, script)
+    script["onnxruntime"] = SimpleNamespace(InferenceSession=lambda *_, **__: WholeImage())
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((*size, 3), np.uint8))
+    script["main"]("w.onnx", str(tmp_path / "a.png"))
+    assert [float(word) for word in capsys.readouterr().out.split()[-4:]] == [0.0, 0.0, size[1], size[0]]

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import importlib.util
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,6 +99,17 @@ def test_class_figures_average_to_the_whole() -> None:
     figures = evaluate_coco(truth, rows)
     classes = [value for name, value in figures.items() if name.startswith("AP/") and value >= 0]
     assert np.mean(classes) == pytest.approx(figures["AP"], abs=1e-12)
+
+
+@needs_hotcoco
+def test_names_of_any_kind_are_taken(tmp_path: Path) -> None:
+    """Half of a surrogate pair, which a JSON file may hold, is no text to the fast engine's language."""
+    truth, rows = random_case(1003, "bbox")
+    odd = {**truth, "images": [one | {"file_name": "a\ud800.jpg"} for one in truth["images"]]}
+    odd["categories"] = [one | {"name": f"{one['name']}\ud800"} for one in truth["categories"]]
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    found, wanted = evaluate_coco(tmp_path / "odd.json", rows, engine="hotcoco"), evaluate_coco(truth, rows, engine="pycocotools")
+    assert [found[name] for name in NAMES] == [wanted[name] for name in NAMES]
 
 
 def test_annotation_id_0_gives_cocos_figure_not_the_fast_engines(caplog: pytest.LogCaptureFixture) -> None:
