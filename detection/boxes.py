@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from detection.waiting import constant
+
 Weights = tuple[float, float, float, float]
 
 UNIT_WEIGHTS: Weights = (1.0, 1.0, 1.0, 1.0)  # the RPN regresses plain deltas (Ren et al. 2015, §3.1.2)
@@ -23,7 +25,7 @@ def encode(boxes: Tensor, anchors: Tensor, weights: Weights = UNIT_WEIGHTS) -> T
     boxes, anchors = boxes.float(), anchors.float()
     size, anchor_size = boxes[:, 2:] - boxes[:, :2], anchors[:, 2:] - anchors[:, :2]
     centre, anchor_centre = boxes[:, :2] + 0.5 * size, anchors[:, :2] + 0.5 * anchor_size
-    factors = boxes.new_tensor(weights)
+    factors = constant(weights, like=boxes)
     shift = factors[:2] * (centre - anchor_centre) / anchor_size
     return torch.cat((shift, factors[2:] * torch.log(size / anchor_size)), dim=1)
 
@@ -31,7 +33,7 @@ def encode(boxes: Tensor, anchors: Tensor, weights: Weights = UNIT_WEIGHTS) -> T
 def decode(deltas: Tensor, anchors: Tensor, weights: Weights = UNIT_WEIGHTS, *, clip: float = LARGEST_LOG_SCALE) -> Tensor:
     """The boxes (..., 4) that `deltas` (..., 4) make of `anchors` (..., 4); log scales are cut at `clip`."""
     deltas, anchors = deltas.float(), anchors.float()
-    deltas = deltas / deltas.new_tensor(weights)
+    deltas = deltas / constant(weights, like=deltas)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = deltas[..., :2] * anchor_size + (anchors[..., :2] + 0.5 * anchor_size)
     half = 0.5 * (torch.exp(deltas[..., 2:].clamp(max=clip)) * anchor_size)
@@ -41,12 +43,12 @@ def decode(deltas: Tensor, anchors: Tensor, weights: Weights = UNIT_WEIGHTS, *, 
 def clip_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """`boxes` (R, 4) cut at the borders of an image of `size` (height, width)."""
     height, width = size
-    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+    return torch.minimum(boxes.clamp(min=0), constant([width, height, width, height], like=boxes))
 
 
 def is_large(boxes: Tensor, min_size: float) -> Tensor:
-    """(R,) bool: both sides are at least `min_size` pixels."""
-    return ((boxes[:, 2:] - boxes[:, :2]) >= min_size).all(dim=1)
+    """(...) bool: both sides of `boxes` (..., 4) are at least `min_size` pixels."""
+    return ((boxes[..., 2:] - boxes[..., :2]) >= min_size).all(dim=-1)
 
 
 def intersection_over_area(boxes: Tensor, regions: Tensor) -> Tensor:

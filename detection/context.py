@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.roi_head import Pool, RoIHead
+from detection.waiting import constant
 
 
 class ContextRoIHead(RoIHead):
@@ -26,7 +27,7 @@ class ContextRoIHead(RoIHead):
 
     def describe(self, pool: Pool, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
         """(sum R, 2 · D): each region's features, then its image's."""
-        whole = [part.new_tensor([[0.0, 0.0, width, height]]) for part, (height, width) in zip(boxes, sizes, strict=True)]
+        whole = [constant([[0.0, 0.0, width, height]], like=part) for part, (height, width) in zip(boxes, sizes, strict=True)]
         context = super().describe(pool, whole, sizes)
-        counts = torch.tensor([len(part) for part in boxes]).to(context.device)
-        return torch.cat((super().describe(pool, boxes, sizes), context.repeat_interleave(counts, dim=0)), dim=1)
+        of_regions = torch.cat([row.expand(len(part), -1) for row, part in zip(context.split(1), boxes, strict=True)])
+        return torch.cat((super().describe(pool, boxes, sizes), of_regions), dim=1)

@@ -14,6 +14,7 @@ from detection.preprocess import Preprocess, Size
 from detection.roi_head import RoIHead
 from detection.rpn import Predictions, ProposalNetwork
 from detection.structures import Detections, Target
+from detection.waiting import is_asking_free
 from resbackbone.errors import InputError
 
 Generators = Sequence[torch.Generator | None]
@@ -51,7 +52,7 @@ class FasterRCNN(nn.Module):
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """The loss terms rpn_objectness, rpn_box, roi_class, roi_box (and mask) of a batch; their sum is what one trains.
 
-        images: RGB (3, h, w), uint8 or float in 0..1, of any sizes. Raises InputError for boxes without area.
+        images: RGB (3, h, w), uint8 or float in 0..1, of any sizes. Raises InputError for boxes without area (check_boxes).
         """
         check_boxes(targets)
         encoded = self.encode(images)
@@ -137,9 +138,9 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator | None
 
 
 def check_boxes(targets: Sequence[Target]) -> None:
-    """Raises InputError for boxes without area."""
+    """Raises InputError for boxes without area. Those on a GPU aren't looked at, which would mean waiting: call this before they go."""
     boxes = torch.cat([target.boxes for target in targets])
-    if bool((boxes[:, 2:] > boxes[:, :2]).all()):
+    if not is_asking_free(boxes) or bool((boxes[:, 2:] > boxes[:, :2]).all()):
         return
     for target in targets:
         for number, box in enumerate(target.boxes.tolist()):

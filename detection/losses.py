@@ -2,7 +2,8 @@
 
 Each term is a sum over samples divided by `count`, the number of sampled anchors or regions. `shared_count` averages that number
 over processes, so that the mean of the processes' gradients, which is what DDP makes, is the gradient of one process that saw
-every image. S samples, of which P are positive; K foreground classes. Everything here is float32.
+every image. S samples, of which the positive ones are among the P of the heads; K foreground classes. Places that hold no sample take no
+part. Everything here is float32.
 """
 
 from __future__ import annotations
@@ -13,39 +14,48 @@ from torch import Tensor
 
 from resbackbone.runtime.distributed import mean_across_processes
 
+NO_LABEL = -100  # of a place that holds no sample
 BETA = 1 / 9  # where smooth L1 turns from square to straight: sigma = 3 in Ren et al.'s code, torchvision's and ours
 
 
-def shared_count(count: int, *, like: Tensor, across_processes: bool) -> Tensor:
-    """The divisor of a loss: `count`, averaged over processes where they train together; never 0."""
-    divisor = torch.tensor(float(count), device=like.device)
+def shared_count(used: Tensor, *, across_processes: bool) -> Tensor:
+    """The divisor of a loss: how many of `used` (S,) bool are, averaged over processes where they train together; never 0."""
+    divisor = used.sum().float()
     return (mean_across_processes(divisor) if across_processes else divisor).clamp(min=1e-6)
 
 
-def rpn_losses(logits: Tensor, is_object: Tensor, deltas: Tensor, target_deltas: Tensor, *, count: Tensor) -> dict[str, Tensor]:
-    """Ren et al. 2015, eq. 1. logits: (S,); is_object: (S,) bool; deltas, target_deltas: (P, 4), of the positive anchors."""
-    objectness = F.binary_cross_entropy_with_logits(logits.float(), is_object.float(), reduction="sum")
-    return {"rpn_objectness": objectness / count, "rpn_box": _box_loss(deltas, target_deltas) / count}
-
-
-def roi_losses(
-    logits: Tensor, labels: Tensor, deltas: Tensor, target_deltas: Tensor, *, positive: Tensor, count: Tensor
+def rpn_losses(
+    logits: Tensor, is_object: Tensor, deltas: Tensor, target_deltas: Tensor, *, is_used: Tensor, count: Tensor
 ) -> dict[str, Tensor]:
-    """Girshick 2015 (Fast R-CNN), eq. 1-3. logits: (S, K + 1); labels: (S,) 0 … K; deltas: (S, 4 · (K + 1)).
+    """Ren et al. 2015, eq. 1. logits: (S,); is_object, is_used: (S,) bool; deltas, target_deltas: (P, 4), of the first P samples."""
+    objectness = F.binary_cross_entropy_with_logits(logits.float(), is_object.float(), weight=is_used.float(), reduction="sum")
+    box = _box_loss(deltas, target_deltas, is_object[: len(deltas)])
+    return {"rpn_objectness": objectness / count, "rpn_box": box / count}
 
-    positive: (P,) which samples have a label above 0; target_deltas: (P, 4), theirs.
+
+def roi_losses(logits: Tensor, labels: Tensor, deltas: Tensor, target_deltas: Tensor, *, heads: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """Girshick 2015 (Fast R-CNN), eq. 1-3. logits: (S, K + 1); labels: (S,) 0 … K or NO_LABEL; deltas: (S, 4 · (K + 1)).
+
+    heads: (P,) the samples among which those with a label above 0 are; target_deltas: (P, 4), of these.
     """
-    classes = F.cross_entropy(logits.float(), labels, reduction="sum")
-    of_class = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]
-    return {"roi_class": classes / count, "roi_box": _box_loss(of_class, target_deltas) / count}
+    classes = F.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="sum")
+    of_class = deltas.unflatten(1, (-1, 4))[heads, labels[heads].clamp(min=0)]
+    box = _box_loss(of_class, target_deltas, labels[heads] > 0)
+    return {"roi_class": classes / count, "roi_box": box / count}
 
 
 def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor, *, count: Tensor) -> dict[str, Tensor]:
-    """He et al. 2017 (Mask R-CNN), §3. logits: (P, K + 1, M, M); labels: (P,) 1 … K; targets: (P, M, M) in 0..1; count: regions."""
-    of_class = logits[torch.arange(len(labels), device=labels.device), labels].float()
-    pixels = targets.shape[-2] * targets.shape[-1]
-    return {"mask": F.binary_cross_entropy_with_logits(of_class, targets, reduction="sum") / (count * pixels)}
+    """He et al. 2017 (Mask R-CNN), §3. logits: (P, K + 1, M, M); labels: (P,); targets: (P, M, M) in 0..1.
+
+    Regions with a label above 0 count; count: how many these are.
+    """
+    of_class = logits[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)].float()
+    weight, pixels = (labels > 0).float()[:, None, None], targets.shape[-2] * targets.shape[-1]
+    return {"mask": F.binary_cross_entropy_with_logits(of_class, targets, weight=weight, reduction="sum") / (count * pixels)}
 
 
-def _box_loss(deltas: Tensor, targets: Tensor) -> Tensor:
-    return F.smooth_l1_loss(deltas.float(), targets, beta=BETA, reduction="sum")
+def _box_loss(deltas: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+    """deltas, targets: (P, 4); counts: (P,) bool, which of them do: what is asked of the others may be no number."""
+    targets = torch.where(counts[:, None], targets, 0)
+    each = F.smooth_l1_loss(deltas.float(), targets, beta=BETA, reduction="none")
+    return torch.where(counts[:, None], each, 0).sum()

@@ -1,7 +1,8 @@
 """The mask branch (He et al. 2017, Mask R-CNN, §3 and figure 4): on a pyramid four convolutions and a deconvolution on each region
 (right; torchvision's layout and arithmetic); on C4 a deconvolution on what conv5_x makes of each region (left).
 
-P regions that hold an object, K foreground classes, M × M masks inside their box: 28 × 28 on a pyramid, 14 × 14 on C4.
+P regions that hold an object (in the loss: that may hold one), K foreground classes, M × M masks inside their box: 28 × 28 on a pyramid,
+14 × 14 on C4.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torchvision.ops import roi_align
 from detection.losses import mask_loss, shared_count
 from detection.roi_head import Regions
 from detection.structures import Detections, Target
+from detection.waiting import is_asking_free
 from resbackbone.errors import InputError
 
 # RoIAlign wants floats: 32 masks of 800×1333 px are 137 MB of them, a crowd's 500 would be 2.1 GB.
@@ -77,14 +79,14 @@ class MaskHead(nn.Module):
         across_processes: bool = True,
     ) -> dict[str, Tensor]:
         """The mask term over the positive regions of all images; 0, with gradients of 0, where there are none."""
-        boxes = [region.boxes[: region.positives] for region in regions]
-        labels = torch.cat([region.labels[: region.positives] for region in regions])
+        boxes = [region.boxes[: region.head] for region in regions]
+        labels = torch.cat([region.labels[: region.head] for region in regions])
         logits = self(features, boxes, sizes)
         wanted = [
-            cut_masks(target, region.matches[: region.positives], box, side=logits.shape[-1])
+            cut_masks(target, region.matches[: region.head], box, side=logits.shape[-1])
             for target, region, box in zip(targets, regions, boxes, strict=True)
         ]
-        count = shared_count(len(labels), like=logits, across_processes=across_processes)
+        count = shared_count(labels > 0, across_processes=across_processes)
         return mask_loss(logits, labels, torch.cat(wanted), count=count)
 
     @torch.no_grad()
@@ -98,12 +100,23 @@ class MaskHead(nn.Module):
 
 
 def cut_masks(target: Target, matches: Tensor, boxes: Tensor, *, side: int) -> Tensor:
-    """(P, side, side) float: for each box (P, 4) the mask of its object, `target.masks[matches]`, cut out and resized by RoIAlign."""
+    """(P, side, side) float: for each box (P, 4) the mask of its object, `target.masks[matches]`, cut out and resized by RoIAlign.
+
+    Where there is none, the match being below 0, any numbers.
+    """
     if target.masks is None:
         raise InputError(f"image {target.image_id} has no masks to train the mask branch on; set model.mask=false or annotate them")
-    if len(target.masks) <= MASKS_AT_ONCE:
+    matches = matches.clamp(min=0)
+    if 0 < len(target.masks) <= MASKS_AT_ONCE:
         return _cut(target.masks, matches, boxes, side)
     masks = boxes.new_zeros((len(boxes), side, side))
+    if not is_asking_free(matches):
+        for first in range(0, len(target.masks), MASKS_AT_ONCE):
+            part = target.masks[first : first + MASKS_AT_ONCE]
+            place = matches - first
+            of_part = _cut(part, place.clamp(0, len(part) - 1), boxes, side)
+            masks = torch.where(((place >= 0) & (place < len(part)))[:, None, None], of_part, masks)
+        return masks
     for part in matches.unique().split(MASKS_AT_ONCE):
         rows = torch.nonzero(torch.isin(matches, part)).flatten()
         masks[rows] = _cut(target.masks[part], torch.searchsorted(part, matches[rows]), boxes[rows], side)

@@ -1,15 +1,18 @@
 """Which box does a candidate (anchor or proposal) belong to, and which candidates does the loss look at.
 
-A candidates, G boxes, I ignored regions. The rules are Ren et al. 2015, §3.1.2; the results are torchvision's Matcher's, found
+A candidates, G boxes, I ignored regions, S samples. The rules are Ren et al. 2015, §3.1.2; the results are torchvision's Matcher's, found
 in chunks that stay in the cache instead of over the whole (G, A) matrix.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from detection.boxes import intersection_over_area
+from detection.waiting import is_asking_free
 
 BELOW = -1  # overlaps no box enough: background
 BETWEEN = -2  # neither object nor background: not sampled
@@ -62,8 +65,10 @@ def _best(iou: Tensor, per_box: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _claimed(boxes: Tensor, parts: tuple[Tensor, ...], best_of_box: Tensor) -> Tensor:
-    """(A,) bool: candidates with which some box has its best IoU. Only the chunks that hold a box's best are looked at again."""
+    """(A,) bool: candidates with which some box has its best IoU. On a CPU each box is held only against chunks that hold its best."""
     best = best_of_box.amax(dim=0)
+    if not is_asking_free(boxes):
+        return torch.cat([(_iou(boxes, part) == best[:, None]).any(dim=0) for part in parts])
     holds_best = (best_of_box == best).tolist()
     claimed = []
     for part, holds in zip(parts, holds_best, strict=True):
@@ -83,20 +88,50 @@ def _iou(boxes: Tensor, candidates: Tensor) -> Tensor:
     return intersection.div_(union)
 
 
-def balanced_sample(
-    matches: Tensor, *, count: int, positive_fraction: float, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Indices of at most `count` candidates, drawn at random: positives (match ≥ 0), at most their fraction, and negatives (BELOW).
+@dataclass(frozen=True)
+class Sample:
+    """Candidates drawn for a loss: positives, then negatives, then, where asking for their number isn't free, empty places.
 
-    Negatives fill up what positives leave; generator: None is torch's global one.
+    index: (S,) int64, which candidate; positive, negative: (S,) bool; head: the positives are among the first so many.
     """
+
+    index: Tensor
+    positive: Tensor
+    negative: Tensor
+    head: int
+
+
+def balanced_sample(matches: Tensor, *, count: int, positive_fraction: float, generator: torch.Generator | None = None) -> Sample:
+    """At most `count` candidates, drawn at random: positives (match ≥ 0), at most their fraction, and negatives (BELOW).
+
+    Negatives fill up what positives leave; generator: None is torch's global one. matches: (A,). On a CPU S is the number drawn, elsewhere
+    min(count, A).
+    """
+    most_positive = int(count * positive_fraction)
+    return (_shrunk if is_asking_free(matches) else _marked)(matches, count, most_positive, generator)
+
+
+def _shrunk(matches: Tensor, count: int, most_positive: int, generator: torch.Generator | None) -> Sample:
     positive = torch.nonzero(matches >= 0).flatten()
     negative = torch.nonzero(matches == BELOW).flatten()
-    num_positive = min(len(positive), int(count * positive_fraction))
+    num_positive = min(len(positive), most_positive)
     num_negative = min(len(negative), count - num_positive)
-    return _draw(positive, num_positive, generator), _draw(negative, num_negative, generator)
+    index = torch.cat((_draw(positive, num_positive, generator), _draw(negative, num_negative, generator)))
+    is_positive = torch.arange(len(index), device=index.device) < num_positive
+    return Sample(index, is_positive, ~is_positive, num_positive)
 
 
 def _draw(indices: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     order = torch.randperm(len(indices), device=indices.device, generator=generator)
     return indices[order[:count]]
+
+
+def _marked(matches: Tensor, count: int, most_positive: int, generator: torch.Generator | None) -> Sample:
+    """Every candidate draws a number from 0 to 1, and the highest are taken: of the positives first, then of the negatives."""
+    count, most_positive = min(count, len(matches)), min(most_positive, len(matches))
+    drawn = torch.rand(len(matches), device=matches.device, generator=generator)
+    value, index = torch.where(matches >= 0, drawn, -1.0).topk(most_positive)
+    rank = torch.where(matches == BELOW, drawn, -1.0)
+    rank = rank.scatter(0, index, torch.where(value >= 0, value + 2, rank[index]))
+    rank, index = rank.topk(count)
+    return Sample(index, rank >= 2, (rank >= 0) & (rank < 2), most_positive)

@@ -18,7 +18,7 @@ from resbackbone.runtime import nonfinite
 from resbackbone.runtime.precision import Precision
 
 
-def stop_unless_finite(losses: dict[str, Tensor], batch: Batch, state: TrainState, output: Path) -> None:
+def stop_unless_finite(is_finite: nonfinite.Answer, losses: dict[str, Tensor], batch: Batch, state: TrainState, output: Path) -> None:
     """As resbackbone.runtime.nonfinite has it; the report names each image, its boxes and its seed."""
 
     def gather() -> nonfinite.Evidence:
@@ -29,7 +29,7 @@ def stop_unless_finite(losses: dict[str, Tensor], batch: Batch, state: TrainStat
             run=lambda: state.model(batch.images, batch.targets),
         )
 
-    nonfinite.stop_unless_finite(losses, state, output, gather)
+    nonfinite.stop_unless_finite(is_finite, losses, state, output, gather)
 
 
 def replay(folder: Path, *, load: Callable[[Path], tuple[RunConfig, nn.Module]] | None = None) -> str:

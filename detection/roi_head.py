@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from detection.boxes import REGION_WEIGHTS, clip_to_image, decode, encode, is_large
-from detection.losses import roi_losses, shared_count
-from detection.matching import assign, balanced_sample
+from detection.losses import NO_LABEL, roi_losses, shared_count
+from detection.matching import BETWEEN, assign, balanced_sample
 from detection.structures import Detections, Target
 
 MIN_SIDE_PX = 1e-2  # detections thinner than this are nothing
@@ -36,15 +36,15 @@ class Pooler(Protocol):
 
 @dataclass(kw_only=True)
 class Regions:
-    """The sampled regions of one image, those that hold an object first: `positives` of them.
+    """The sampled regions of one image, those that hold an object first: among the first `head` (matching.Sample).
 
-    boxes: (R, 4); labels: (R,) 0 … K; matches: (R,) index of the object, for positives only.
+    boxes: (R, 4); labels: (R,) 0 … K, or NO_LABEL where the place is empty; matches: (R,) index of the object, below 0 where there is none.
     """
 
     boxes: Tensor
     labels: Tensor
     matches: Tensor
-    positives: int
+    head: int
 
 
 class TwoFCHead(nn.Module):
@@ -122,11 +122,13 @@ class RoIHead(nn.Module):
     def _sample(self, proposals: Tensor, target: Target, generator: torch.Generator | None) -> Regions:
         candidates = torch.cat((proposals, target.boxes))  # the truth is a proposal too, so that there are positives from the start
         matches = assign(candidates, target.boxes, target.ignore_boxes, high=self.positive_iou, low=self.positive_iou)
+        has_area = (candidates[:, 2:] > candidates[:, :2]).all(dim=1)  # a place that no proposal filled has none
+        matches = torch.where(has_area, matches, BETWEEN)
         drawn = balanced_sample(matches, count=self.samples, positive_fraction=self.positive_fraction, generator=generator)
-        positive, chosen = matches[drawn[0]], torch.cat(drawn)
-        labels = torch.zeros_like(chosen)
-        labels[: len(positive)] = target.labels[positive]
-        return Regions(boxes=candidates[chosen], labels=labels, matches=matches[chosen], positives=len(positive))
+        chosen = matches[drawn.index]
+        objects = target.labels[chosen.clamp(min=0)] if len(target.labels) else torch.zeros_like(chosen)
+        labels = objects.where(drawn.positive, torch.where(drawn.negative, 0, NO_LABEL))
+        return Regions(boxes=candidates[drawn.index], labels=labels, matches=chosen, head=drawn.head)
 
     def losses(
         self,
@@ -141,8 +143,8 @@ class RoIHead(nn.Module):
         logits, deltas = self(features, [region.boxes for region in regions], sizes)
         labels = torch.cat([region.labels for region in regions])
         wanted = torch.cat([_wanted_deltas(region, target) for region, target in zip(regions, targets, strict=True)])
-        count = shared_count(len(labels), like=logits, across_processes=across_processes)
-        return roi_losses(logits, labels, deltas, wanted, positive=_positive_rows(regions, like=labels), count=count)
+        count = shared_count(labels != NO_LABEL, across_processes=across_processes)
+        return roi_losses(logits, labels, deltas, wanted, heads=_head_rows(regions, like=labels), count=count)
 
     @torch.no_grad()
     def detect(self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
@@ -176,14 +178,14 @@ class RoIHead(nn.Module):
 
 
 def _wanted_deltas(regions: Regions, target: Target) -> Tensor:
-    """(P, 4): what the box regressor should say of the positive regions."""
-    return encode(target.boxes[regions.matches[: regions.positives]], regions.boxes[: regions.positives], REGION_WEIGHTS)
+    """(head, 4): what the box regressor should say of the positive regions."""
+    return encode(target.boxes_at(regions.matches[: regions.head]), regions.boxes[: regions.head], REGION_WEIGHTS)
 
 
-def _positive_rows(regions: Sequence[Regions], *, like: Tensor) -> Tensor:
-    """(P,): which of all images' regions (sum R) hold an object, found without asking the device."""
+def _head_rows(regions: Sequence[Regions], *, like: Tensor) -> Tensor:
+    """(P,): which of all images' regions (sum R) belong to a head, found without asking the device."""
     rows = torch.arange(len(like), device=like.device).split([len(region.labels) for region in regions])
-    return torch.cat([part[: region.positives] for part, region in zip(rows, regions, strict=True)])
+    return torch.cat([part[: region.head] for part, region in zip(rows, regions, strict=True)])
 
 
 def _passes(boxes: Sequence[Tensor], limit: int | None) -> Iterator[list[Tensor]]:

@@ -7,6 +7,7 @@ layout, with two savings that change no result: only the anchors that survive th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,8 +20,10 @@ from torchvision.ops import batched_nms
 from detection.anchors import AnchorGrid
 from detection.boxes import clip_to_image, decode, encode, is_large
 from detection.losses import rpn_losses, shared_count
-from detection.matching import assign, balanced_sample
+from detection.matching import Sample, assign, balanced_sample
+from detection.nms import kept_by_nms
 from detection.structures import Target
+from detection.waiting import constant, is_asking_free
 
 MIN_SIDE_PX = 1e-3  # proposals thinner than this can't be pooled
 DENSE_UP_TO = 1.5  # positions a sample: below it the dense head costs less than running it twice
@@ -94,7 +97,10 @@ class ProposalNetwork(nn.Module):
 
     @torch.no_grad()
     def propose(self, predictions: Predictions, sizes: Sequence[tuple[int, int]], limits: Limits) -> list[Tensor]:
-        """Each image's best boxes (P, 4), best first: top-k of each level, decode, clip, drop slivers, NMS inside each level."""
+        """Each image's best boxes (P, 4), best first: top-k of each level, decode, clip, drop slivers, NMS inside each level.
+
+        On a CPU P is the number there is; elsewhere it is the most there can be, and boxes of zeros stand at the end.
+        """
         boxes, logits, levels = [], [], []
         for number, (objectness, deltas, anchors) in enumerate(zip(*predictions, strict=True)):
             best, index = objectness.float().topk(min(limits.candidates, objectness.shape[1]), dim=1)
@@ -102,9 +108,25 @@ class ProposalNetwork(nn.Module):
             boxes.append(decode(chosen, anchors[index]))
             logits.append(best)
             levels.append(torch.full((best.shape[1],), number, device=best.device))
+        if not is_asking_free(boxes[0]):
+            return self._suppress_marked(boxes, logits, sizes, limits.proposals)
         scores, level = torch.cat(logits, dim=1).sigmoid(), torch.cat(levels)
         per_image = zip(torch.cat(boxes, dim=1), scores, sizes, strict=True)
         return [self._suppress(clip_to_image(box, size), score, level)[: limits.proposals] for box, score, size in per_image]
+
+    def _suppress_marked(
+        self, levels: Sequence[Tensor], logits: Sequence[Tensor], sizes: Sequence[tuple[int, int]], most: int
+    ) -> list[Tensor]:
+        """As `_suppress`, for the boxes of all images at once, one (N, A_l, 4) a level, best first."""
+        most_of_level = max(boxes.shape[1] for boxes in levels)
+        filled = [F.pad(boxes, (0, 0, 0, most_of_level - boxes.shape[1])) for boxes in levels]
+        boxes = torch.stack([clip_to_image(box, size) for box, size in zip(torch.stack(filled, dim=1).flatten(1, 2), sizes, strict=True)])
+        groups = boxes.view(-1, most_of_level, 4)
+        kept = kept_by_nms(groups, is_large(groups, MIN_SIDE_PX), self.nms_iou).view(boxes.shape[:2])
+        scores = torch.cat([F.pad(level, (0, most_of_level - level.shape[1])) for level in logits], dim=1).masked_fill(~kept, -math.inf)
+        best, index = scores.topk(min(most, scores.shape[1]), dim=1)
+        chosen = boxes.gather(1, index[:, :, None].expand(-1, -1, 4))
+        return list(chosen.masked_fill((best == -math.inf)[:, :, None], 0))
 
     def _suppress(self, boxes: Tensor, scores: Tensor, level: Tensor) -> Tensor:
         large = torch.nonzero(is_large(boxes, MIN_SIDE_PX)).flatten()
@@ -123,21 +145,22 @@ class ProposalNetwork(nn.Module):
         """rpn_objectness and rpn_box over the sampled anchors of all images; `generators` draw them, one an image."""
         anchors = torch.cat(predictions.anchors)
         drawn = [self._sample(anchors, target, generator) for target, generator in zip(targets, generators, strict=True)]
-        positive, negative, boxes = zip(*drawn, strict=True)
-        sampled, image = torch.cat(positive + negative), _image_numbers(positive + negative, images=len(targets))
+        samples, boxes = zip(*drawn, strict=True)
+        sampled, image = _heads_first([one.index for one in samples], samples), _image_numbers(samples, like=anchors)
+        is_object = _heads_first([one.positive for one in samples], samples)
+        is_used = is_object | _heads_first([one.negative for one in samples], samples)
         logits, deltas = self._at(features, predictions, image, sampled)
-        num_positive = sum(map(len, positive))
-        is_object = torch.arange(len(sampled), device=anchors.device) < num_positive
-        wanted = encode(torch.cat(boxes), anchors[sampled[:num_positive]])
-        count = shared_count(len(sampled), like=anchors, across_processes=across_processes)
-        return rpn_losses(logits, is_object, deltas[:num_positive], wanted, count=count)
+        heads = sum(one.head for one in samples)
+        wanted = encode(torch.cat(boxes), anchors[sampled[:heads]])
+        count = shared_count(is_used, across_processes=across_processes)
+        return rpn_losses(logits, is_object, deltas[:heads], wanted, is_used=is_used, count=count)
 
-    def _sample(self, anchors: Tensor, target: Target, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices of one image's positive and negative anchors, and the box of each positive one (P, 4)."""
+    def _sample(self, anchors: Tensor, target: Target, generator: torch.Generator | None) -> tuple[Sample, Tensor]:
+        """One image's anchors, and for the positive ones among the head of them the box of each (head, 4)."""
         high, low = self.match_iou
         matches = assign(anchors, target.boxes, target.ignore_boxes, high=high, low=low, allow_low_quality=True)
-        positive, negative = balanced_sample(matches, count=self.samples, positive_fraction=self.positive_fraction, generator=generator)
-        return positive, negative, target.boxes[matches[positive]]
+        sample = balanced_sample(matches, count=self.samples, positive_fraction=self.positive_fraction, generator=generator)
+        return sample, target.boxes_at(matches[sample.index[: sample.head]])
 
     def _at(self, features: Mapping[str, Tensor], predictions: Predictions, image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (S,) and deltas (S, 4) of the anchors that (S,) image numbers and (S,) anchor indices name."""
@@ -159,7 +182,7 @@ def patches_at(maps: Sequence[Tensor], image: Tensor, position: Tensor) -> Tenso
     """
     device, images = position.device, len(maps[0])
     rows = torch.cat([_channels_last(level).flatten(0, 2) for level in maps])
-    height, width = torch.tensor([level.shape[-2:] for level in maps]).to(device).unbind(1)
+    height, width = constant([level.shape[-2:] for level in maps], like=position).unbind(1)
     end = torch.cumsum(height * width, dim=0)
     level = torch.bucketize(position, end, right=True)
     height, width, start = height[level], width[level], (end - height * width)[level]
@@ -173,11 +196,18 @@ def patches_at(maps: Sequence[Tensor], image: Tensor, position: Tensor) -> Tenso
     return patches.masked_fill(~inside.flatten(1)[:, :, None], 0).flatten(1)
 
 
-def _image_numbers(parts: Sequence[Tensor], *, images: int) -> Tensor:
-    """For each element of the concatenated `parts`, which go round the images in order, the number of its image."""
-    device = parts[0].device
-    lengths = torch.tensor([len(part) for part in parts]).to(device)
-    return (torch.arange(len(parts), device=device) % images).repeat_interleave(lengths)
+def _heads_first(parts: Sequence[Tensor], samples: Sequence[Sample]) -> Tensor:
+    """`parts`, an (S_i,) for each image's sample, as one (S,): what belongs to the heads of all samples, then the rest."""
+    heads = [one.head for one in samples]
+    return torch.cat(
+        [part[:head] for part, head in zip(parts, heads, strict=True)] + [part[head:] for part, head in zip(parts, heads, strict=True)]
+    )
+
+
+def _image_numbers(samples: Sequence[Sample], *, like: Tensor) -> Tensor:
+    """The number of each sample's image, (S,) int64 in the order of `_heads_first`."""
+    numbers = [torch.full((len(one.index),), number, device=like.device) for number, one in enumerate(samples)]
+    return _heads_first(numbers, samples)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

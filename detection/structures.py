@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detection.waiting import constant
+
 TENSORS = ("boxes", "labels", "ignore_boxes", "masks", "label_map")  # of a target
 
 
@@ -35,11 +37,15 @@ class Target:
     masks: Tensor | None = None
     label_map: Tensor | None = None
 
+    def boxes_at(self, matches: Tensor) -> Tensor:
+        """(P, 4): the box each of `matches` (P,) names; where that is none, below 0, any numbers."""
+        return self.boxes[matches.clamp(min=0)] if len(self.boxes) else self.boxes.new_zeros((len(matches), 4))
+
     def scaled(self, from_size: tuple[int, int], to_size: tuple[int, int]) -> Target:
         """The truth about the same image at another size (height, width); masks take the nearest pixel."""
         if tuple(from_size) == tuple(to_size):
             return self
-        factors = self.boxes.new_tensor([to_size[1] / from_size[1], to_size[0] / from_size[0]]).repeat(2)
+        factors = constant([to_size[1] / from_size[1], to_size[0] / from_size[0]], like=self.boxes).repeat(2)
         masks = None if self.masks is None else F.interpolate(self.masks[:, None], size=to_size, mode="nearest")[:, 0]
         return replace(self, boxes=self.boxes * factors, ignore_boxes=self.ignore_boxes * factors, masks=masks)
 
@@ -75,7 +81,7 @@ class Detections:
     def scaled(self, from_size: tuple[int, int], to_size: tuple[int, int]) -> Detections:
         """The boxes moved from an image of `from_size` (height, width) to one of `to_size`; masks live inside their box and stay."""
         factor_y, factor_x = to_size[0] / from_size[0], to_size[1] / from_size[1]
-        return replace(self, boxes=self.boxes * self.boxes.new_tensor([factor_x, factor_y, factor_x, factor_y]))
+        return replace(self, boxes=self.boxes * constant([factor_x, factor_y, factor_x, factor_y], like=self.boxes))
 
     def to(self, device: torch.device | str) -> Detections:
         """The same detections with their tensors on `device`."""

@@ -19,7 +19,7 @@ from detection.build import build_detector, resolved_config
 from detection.config import DetectionConfig, chosen_device, load_split, train_loader
 from detection.data.loader import BatchLoader
 from detection.data.source import check_same_classes
-from detection.faster_rcnn import FasterRCNN
+from detection.faster_rcnn import FasterRCNN, check_boxes
 from detection.fine_tune import detector_from
 from detection.finish import announce, finish, log_step, write_start_files
 from detection.nonfinite import stop_unless_finite
@@ -30,6 +30,7 @@ from detection.validate import Validator
 from resbackbone.runtime import distributed
 from resbackbone.runtime.checkpoint import load_checkpoint
 from resbackbone.runtime.log import RunLog
+from resbackbone.runtime.nonfinite import ask_if_finite
 from resbackbone.runtime.optimizer import build_optimizer
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
@@ -176,15 +177,17 @@ def run_loop(
             is_last = turn + 1 == settings.accumulate
             with timer.part("data"):
                 batch = next(batches)
+                check_boxes(batch.targets)  # while they are on the host
                 with explained(batch):
                     batch = batch.to(device)
             with contextlib.nullcontext() if is_last else distributed.without_sync(model), explained(batch):
                 with timer.part("forward"), precision.autocast():
                     losses: dict[str, Tensor] = model(batch.images, batch.targets)
                     loss = torch.stack(list(losses.values())).sum() / settings.accumulate
-                stop_unless_finite(losses, batch, state, output)
+                is_finite = ask_if_finite(losses.values())
                 with timer.part("backward"):
                     precision.scaler.scale(loss).backward()
+            stop_unless_finite(is_finite, losses, batch, state, output)
         with timer.part("optimizer"), explained(batch):  # the first step makes the optimiser's state
             state.update()
         timer.count(settings.batch_size * settings.accumulate)

@@ -77,14 +77,14 @@ class EncodedBatch(NamedTuple):
         decoded = decode_on(device, [parts[number] for number in encoded], [self.rows[number].name for number in encoded])
         pixels = dict(zip(encoded, decoded, strict=True))
         images = [
-            parts[number].view(3, size, size).to(device) if row.ready else _prepared(pixels[number], row, self.settings)
+            parts[number].view(3, size, size).to(device, non_blocking=True) if row.ready else _prepared(pixels[number], row, self.settings)
             for number, row in enumerate(self.rows)
         ]
         return Batch(
             images=torch.stack(images).contiguous(memory_format=torch.channels_last),
-            labels=torch.tensor([row.label for row in self.rows], device=device),
-            shifts=torch.from_numpy(np.stack([row.shift for row in self.rows])).to(device),
-            indices=torch.tensor([row.number for row in self.rows], device=device),
+            labels=torch.tensor([row.label for row in self.rows]).to(device, non_blocking=True),
+            shifts=torch.from_numpy(np.stack([row.shift for row in self.rows])).to(device, non_blocking=True),
+            indices=torch.tensor([row.number for row in self.rows]).to(device, non_blocking=True),
         )
 
 

@@ -17,7 +17,7 @@ from resbackbone.runtime import nonfinite
 from resbackbone.runtime.precision import Precision
 
 
-def stop_unless_finite(loss: Tensor, images: Tensor, batch: Batch, state: TrainState, output: Path) -> None:
+def stop_unless_finite(is_finite: nonfinite.Answer, loss: Tensor, images: Tensor, batch: Batch, state: TrainState, output: Path) -> None:
     """As resbackbone.runtime.nonfinite has it. images: what the network saw, normalised and mixed."""
 
     def gather() -> nonfinite.Evidence:
@@ -29,7 +29,7 @@ def stop_unless_finite(loss: Tensor, images: Tensor, batch: Batch, state: TrainS
             run=lambda: state.model(images),
         )
 
-    nonfinite.stop_unless_finite({"cross_entropy": loss}, state, output, gather)
+    nonfinite.stop_unless_finite(is_finite, {"cross_entropy": loss}, state, output, gather)
 
 
 def replay(folder: Path) -> str:

@@ -26,6 +26,7 @@ from resbackbone.classification.train_state import TrainState
 from resbackbone.runtime import distributed
 from resbackbone.runtime.checkpoint import load_checkpoint
 from resbackbone.runtime.log import RunLog
+from resbackbone.runtime.nonfinite import ask_if_finite
 from resbackbone.runtime.optimizer import build_optimizer
 from resbackbone.runtime.output import prepare_output
 from resbackbone.runtime.precision import Precision
@@ -145,9 +146,10 @@ def _loop(
                             draw_samples(output / "samples", images, labels, state.classes, normalize, count=settings.samples)
                         logits = model(images)
                         loss = classification_loss(logits, labels, label_smoothing=settings.label_smoothing)
-                    stop_unless_finite(loss, images, batch, state, output)
+                    is_finite = ask_if_finite([loss])
                     with timer.part("backward"):
                         precision.scaler.scale(loss / settings.accumulate).backward()
+                stop_unless_finite(is_finite, loss, images, batch, state, output)
                 state.count(logits, labels)
                 mean_loss += loss.detach() / settings.accumulate
             with timer.part("optimizer"):

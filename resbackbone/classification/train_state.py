@@ -47,7 +47,8 @@ class TrainState(train_state.TrainState[Backbone]):
         """Count training images and those answered wrong; of mixed labels, the stronger one is right."""
         answers = labels if labels.ndim == 1 else labels.argmax(1)
         wrong = (logits.detach().argmax(1) != answers).sum()
-        self.window += torch.stack([wrong.new_tensor(len(answers)), wrong])
+        self.window[0] += len(answers)
+        self.window[1] += wrong
 
     def take_training_error(self) -> float:
         """The share of wrong answers over all processes since the last call; ends a warm-up that waits for it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,34 @@ class Evidence:
     run: Callable[[], Any]
 
 
-def stop_unless_finite(losses: Mapping[str, torch.Tensor], state: TrainState[Any], output: Path, gather: Callable[[], Evidence]) -> None:
-    """Raise NonFiniteLoss on every rank when a loss of any rank is not finite.
+Answer = Callable[[], bool]
+
+
+def ask_if_finite(losses: Iterable[torch.Tensor]) -> Answer:
+    """Whether all losses are; to be called once backward has been asked for too, so that a GPU has work while the host waits for this."""
+    answer = torch.isfinite(torch.stack([loss.detach().float() for loss in losses])).all()
+    if not answer.is_cuda:
+        return lambda: bool(answer)
+    arrived, here = torch.cuda.Event(), torch.empty((), dtype=torch.bool, pin_memory=True)
+    here.copy_(answer, non_blocking=True)
+    arrived.record()
+
+    def read() -> bool:
+        arrived.synchronize()
+        return bool(here)
+
+    return read
+
+
+def stop_unless_finite(
+    is_finite: Answer, losses: Mapping[str, torch.Tensor], state: TrainState[Any], output: Path, gather: Callable[[], Evidence]
+) -> None:
+    """Raise NonFiniteLoss on every rank when a loss of any rank is not finite. is_finite: of `losses`, from ask_if_finite.
 
     No update has happened yet: the state is kept as a checkpoint if it is still good, and `nonfinite/` gets the batch, the weights, the
     loss terms and the name of the first module whose output was not finite. Of several such ranks the lowest writes.
     """
-    finite = bool(torch.isfinite(torch.stack([loss.detach().float() for loss in losses.values()])).all())
+    finite = is_finite()
     if not distributed.any_process(not finite):
         return
     going_on, finite_ones = state.save_last_good(), distributed.gather_objects(finite)

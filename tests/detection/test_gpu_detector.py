@@ -1,4 +1,5 @@
-"""The detector on a GPU beside the same one on the CPU: what it finds, a step in bf16, and that two runs repeat where that is asked for."""
+"""The detector on a GPU beside the same one on the CPU: what it finds, a step, for which nobody waits, and that two runs
+repeat where that is asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from literal_steps import tiny_detector, tiny_images
 from torch import Tensor
 
 from detection.faster_rcnn import FasterRCNN
-from detection.structures import Target
+from detection.structures import Batch, Target
+from resbackbone.runtime.ema import build_ema
+from resbackbone.runtime.nonfinite import ask_if_finite
 from resbackbone.runtime.random_state import deterministic
 
 DEVICE = "cuda"
@@ -59,6 +62,53 @@ def test_a_step_in_bf16_reaches_every_weight(head: str) -> None:
     assert torch.isfinite(step(detector, dtype=torch.bfloat16))
     learning = {name: one.grad for name, one in detector.named_parameters() if one.requires_grad}
     assert [name for name, grad in learning.items() if grad is None or not grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("head", ["fpn", "c4"])
+def test_a_step_never_waits_for_the_gpu(head: str) -> None:
+    """From the copies of the batch to the optimiser and the moving average; torch refuses whatever would make the host wait."""
+    detector = tiny_detector(head).to(DEVICE, memory_format=torch.channels_last).train()
+    optimizer, average = torch.optim.SGD(detector.parameters(), lr=0.01, momentum=0.9), build_ema(detector, 0.9)
+    batch = Batch(images=[image.cpu() for image in images()], targets=[target.to("cpu") for target in targets()]).pin_memory()
+    answers = []
+
+    def whole_step() -> None:
+        here = batch.to(DEVICE)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            losses = detector(here.images, here.targets)
+        answers.append(ask_if_finite(losses.values()))
+        torch.stack(list(losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update_parameters(detector)
+
+    whole_step()  # the first one asks for memory, and chooses algorithms
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        whole_step()
+        whole_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(answer() for answer in answers)
+
+
+@pytest.mark.parametrize("head", ["fpn", "c4"])
+def test_losses_and_gradients_are_those_of_the_cpu(head: str) -> None:
+    """Where every candidate is sampled, so that it doesn't matter how they are drawn; a GPU's tensors have fixed sizes, a CPU's haven't."""
+    here, there = tiny_detector(head).train(), tiny_detector(head).to(DEVICE).train()
+    for detector in (here, there):
+        detector.rpn.samples = detector.roi_head.samples = 10**6
+        detector.rpn.positive_fraction = detector.roi_head.positive_fraction = 1.0
+    wanted = here([image.cpu() for image in images()], [target.to("cpu") for target in targets()])
+    found = there(images(), targets())
+    for losses in (wanted, found):
+        torch.stack(list(losses.values())).sum().backward()
+    for name, loss in found.items():
+        torch.testing.assert_close(loss.cpu(), wanted[name], rtol=1e-3, atol=1e-4, msg=name)
+    for (name, ours), theirs in zip(there.named_parameters(), here.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad.cpu(), theirs.grad, rtol=1e-2, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("head", ["fpn", "c4"])

@@ -62,11 +62,13 @@ def test_ignored_regions():
 def test_sample_counts(positives, negatives, wanted):
     matches = torch.cat((torch.arange(positives), torch.full((negatives,), BELOW), torch.full((9,), BETWEEN)))
     matches = matches[torch.randperm(len(matches), generator=torch.Generator().manual_seed(0))]
-    positive, negative = balanced_sample(matches, count=16, positive_fraction=0.5)
+    sample = balanced_sample(matches, count=16, positive_fraction=0.5)
+    positive, negative = sample.index[sample.positive], sample.index[sample.negative]
     assert (len(positive), len(negative)) == wanted
     assert (matches[positive] >= 0).all()
     assert (matches[negative] == BELOW).all()
     assert len(torch.cat((positive, negative)).unique()) == sum(wanted)
+    assert not sample.positive[sample.head :].any()
 
 
 def test_sample_follows_its_generator():
@@ -74,7 +76,7 @@ def test_sample_follows_its_generator():
 
     def draw(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return torch.cat(balanced_sample(matches, count=32, positive_fraction=0.5, generator=generator)).tolist()
+        return balanced_sample(matches, count=32, positive_fraction=0.5, generator=generator).index.tolist()
 
     assert draw(1) == draw(1) != draw(2)
     state = torch.get_rng_state()
@@ -87,7 +89,7 @@ def test_sample_is_uniform():
     generator = torch.Generator().manual_seed(0)
     times = torch.zeros(50)
     for _ in range(2000):
-        times[balanced_sample(matches, count=10, positive_fraction=0.5, generator=generator)[1]] += 1
+        times[balanced_sample(matches, count=10, positive_fraction=0.5, generator=generator).index] += 1
     assert (times - 400).abs().max() < 5 * (2000 * 0.2 * 0.8) ** 0.5  # five standard deviations of a binomial
 
 

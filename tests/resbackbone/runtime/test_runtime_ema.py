@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resbackbone.errors import InputError
 from resbackbone.runtime.ema import build_ema
@@ -36,3 +37,30 @@ def test_average_by_hand() -> None:
 def test_a_decay_that_averages_nothing(decay: float) -> None:
     with pytest.raises(InputError, match=r"train.ema=.* should be between 0 and 1"):
         build_ema(torch.nn.Linear(1, 1), decay)
+
+
+def test_average_is_torchs() -> None:
+    """Floats and counters alike."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 2, 1))
+    ours = build_ema(model, 0.9)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        for average in (ours, theirs):
+            average.update_parameters(model)
+    assert int(ours.module[1].num_batches_tracked) > 0
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=0, msg=name)
+
+
+def test_average_without_buffers() -> None:
+    model = torch.nn.Linear(1, 1)
+    average = build_ema(model, 0.5)
+    for value in (2.0, 4.0):
+        torch.nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+    assert average.module.weight.item() == 3.0
