@@ -63,7 +63,7 @@ def boxes_of(count: int, size: tuple[int, int]) -> Tensor:
     return torch.cat((corner, corner + sides * (0.06 + 0.3 * torch.rand(count, 2))), dim=1)
 
 
-def stepper(model: nn.Module, losses: Callable[[], dict[str, Tensor]], precision: str) -> Step:
+def stepper(model: nn.Module, losses: Callable[[], dict[str, Tensor]], precision: str, *, device: str = "cpu") -> Step:
     """A function that takes one optimiser step."""
     for module in model.modules():
         if isinstance(module, FrozenBatchNorm2d | OurFrozenBatchNorm2d):
@@ -71,7 +71,7 @@ def stepper(model: nn.Module, losses: Callable[[], dict[str, Tensor]], precision
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, momentum=0.9)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss = torch.stack(list(losses().values())).sum()
         optimizer.zero_grad()
         loss.backward()

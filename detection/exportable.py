@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from detection.boxes import REGION_WEIGHTS, decode
+from detection.boxes import APART, REGION_WEIGHTS, decode, moved_apart
 from detection.context import ContextRoIHead
 from detection.faster_rcnn import FasterRCNN
 from detection.mask_head import RegionTop
@@ -24,7 +24,6 @@ from detection.roi_head import RoIHead
 from detection.rpn import MIN_SIDE_PX as LEAST_PROPOSAL
 
 NOTHING = -1.0  # the score of a place that holds no box; scores of boxes are probabilities
-APART = float(1 << 20)  # pixels between the boxes of two sets; in float64 the shift rounds nothing away
 Suppress = Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -35,7 +34,7 @@ def suppress(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     """
     places, best = scores.numel(), scores.flatten()
     number = torch.nonzero(best > NOTHING).flatten()
-    moved = boxes.flatten(0, 1)[number].double() + ((number // scores.shape[1]) * APART)[:, None]
+    moved = moved_apart(boxes.flatten(0, 1)[number], number // scores.shape[1])
     # Two boxes of their own, since torchvision tells torch.export that at least two stay, and the program checks that.
     lone = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64, device=boxes.device) - torch.tensor(
         [[APART], [2 * APART]], device=boxes.device

@@ -2,8 +2,8 @@
 
 Each term is a sum over samples divided by `count`, the number of sampled anchors or regions. `shared_count` averages that number
 over processes, so that the mean of the processes' gradients, which is what DDP makes, is the gradient of one process that saw
-every image. S samples, of which the positive ones are among the P of the heads; K foreground classes. Places that hold no sample take no
-part. Everything here is float32.
+every image. S samples, the positive ones among the P places reserved for them; K foreground classes. Places that hold no sample take
+no part. Everything here is float32.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ def rpn_losses(
     return {"rpn_objectness": objectness / count, "rpn_box": box / count}
 
 
-def roi_losses(logits: Tensor, labels: Tensor, deltas: Tensor, target_deltas: Tensor, *, heads: Tensor, count: Tensor) -> dict[str, Tensor]:
+def roi_losses(
+    logits: Tensor, labels: Tensor, deltas: Tensor, target_deltas: Tensor, *, reserved: Tensor, count: Tensor
+) -> dict[str, Tensor]:
     """Girshick 2015 (Fast R-CNN), eq. 1-3. logits: (S, K + 1); labels: (S,) 0 … K or NO_LABEL; deltas: (S, 4 · (K + 1)).
 
-    heads: (P,) the samples among which those with a label above 0 are; target_deltas: (P, 4), of these.
+    reserved: (P,) the samples among which those with a label above 0 are; target_deltas: (P, 4), of these.
     """
     classes = F.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="sum")
-    of_class = deltas.unflatten(1, (-1, 4))[heads, labels[heads].clamp(min=0)]
-    box = _box_loss(of_class, target_deltas, labels[heads] > 0)
+    of_class = deltas.unflatten(1, (-1, 4))[reserved, labels[reserved].clamp(min=0)]
+    box = _box_loss(of_class, target_deltas, labels[reserved] > 0)
     return {"roi_class": classes / count, "roi_box": box / count}
 
 

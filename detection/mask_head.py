@@ -79,11 +79,11 @@ class MaskHead(nn.Module):
         across_processes: bool = True,
     ) -> dict[str, Tensor]:
         """The mask term over the positive regions of all images; 0, with gradients of 0, where there are none."""
-        boxes = [region.boxes[: region.head] for region in regions]
-        labels = torch.cat([region.labels[: region.head] for region in regions])
+        boxes = [region.boxes[: region.reserved] for region in regions]
+        labels = torch.cat([region.labels[: region.reserved] for region in regions])
         logits = self(features, boxes, sizes)
         wanted = [
-            cut_masks(target, region.matches[: region.head], box, side=logits.shape[-1])
+            cut_masks(target, region.matches[: region.reserved], box, side=logits.shape[-1])
             for target, region, box in zip(targets, regions, boxes, strict=True)
         ]
         count = shared_count(labels > 0, across_processes=across_processes)

@@ -92,13 +92,13 @@ def _iou(boxes: Tensor, candidates: Tensor) -> Tensor:
 class Sample:
     """Candidates drawn for a loss: positives, then negatives, then, where asking for their number isn't free, empty places.
 
-    index: (S,) int64, which candidate; positive, negative: (S,) bool; head: the positives are among the first so many.
+    index: (S,) int64, which candidate; positive, negative: (S,) bool; reserved: so many places at the front, for the positives.
     """
 
     index: Tensor
     positive: Tensor
     negative: Tensor
-    head: int
+    reserved: int
 
 
 def balanced_sample(matches: Tensor, *, count: int, positive_fraction: float, generator: torch.Generator | None = None) -> Sample:

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from detection.batch_detections import best_of_batch
 from detection.boxes import REGION_WEIGHTS, clip_to_image, decode, encode, is_large
 from detection.losses import NO_LABEL, roi_losses, shared_count
 from detection.matching import BETWEEN, assign, balanced_sample
 from detection.structures import Detections, Target
+from detection.waiting import is_asking_free
 
 MIN_SIDE_PX = 1e-2  # detections thinner than this are nothing
 
@@ -36,7 +38,7 @@ class Pooler(Protocol):
 
 @dataclass(kw_only=True)
 class Regions:
-    """The sampled regions of one image, those that hold an object first: among the first `head` (matching.Sample).
+    """The sampled regions of one image, those that hold an object first: among the first `reserved` (matching.Sample).
 
     boxes: (R, 4); labels: (R,) 0 … K, or NO_LABEL where the place is empty; matches: (R,) index of the object, below 0 where there is none.
     """
@@ -44,7 +46,7 @@ class Regions:
     boxes: Tensor
     labels: Tensor
     matches: Tensor
-    head: int
+    reserved: int
 
 
 class TwoFCHead(nn.Module):
@@ -128,7 +130,7 @@ class RoIHead(nn.Module):
         chosen = matches[drawn.index]
         objects = target.labels[chosen.clamp(min=0)] if len(target.labels) else torch.zeros_like(chosen)
         labels = objects.where(drawn.positive, torch.where(drawn.negative, 0, NO_LABEL))
-        return Regions(boxes=candidates[drawn.index], labels=labels, matches=chosen, head=drawn.head)
+        return Regions(boxes=candidates[drawn.index], labels=labels, matches=chosen, reserved=drawn.reserved)
 
     def losses(
         self,
@@ -144,12 +146,15 @@ class RoIHead(nn.Module):
         labels = torch.cat([region.labels for region in regions])
         wanted = torch.cat([_wanted_deltas(region, target) for region, target in zip(regions, targets, strict=True)])
         count = shared_count(labels != NO_LABEL, across_processes=across_processes)
-        return roi_losses(logits, labels, deltas, wanted, heads=_head_rows(regions, like=labels), count=count)
+        return roi_losses(logits, labels, deltas, wanted, reserved=_reserved_rows(regions, like=labels), count=count)
 
     @torch.no_grad()
     def detect(self, features: Mapping[str, Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """Each image's detections, best first: threshold, decode, clip, drop slivers, NMS inside each class, the best `detections`."""
         scored = self.score(self.pool_from(features, sizes), proposals, sizes)
+        if not is_asking_free(proposals[0]):
+            threshold, iou, most = self.score_threshold, self.nms_iou, self.detections
+            return best_of_batch(scored, proposals, sizes, score_threshold=threshold, min_side=MIN_SIDE_PX, nms_iou=iou, most=most)
         return [self.best(self.candidates(*one)) for one in zip(scored, proposals, sizes, strict=True)]
 
     @torch.no_grad()
@@ -178,14 +183,14 @@ class RoIHead(nn.Module):
 
 
 def _wanted_deltas(regions: Regions, target: Target) -> Tensor:
-    """(head, 4): what the box regressor should say of the positive regions."""
-    return encode(target.boxes_at(regions.matches[: regions.head]), regions.boxes[: regions.head], REGION_WEIGHTS)
+    """(reserved, 4): what the box regressor should say of the positive regions."""
+    return encode(target.boxes_at(regions.matches[: regions.reserved]), regions.boxes[: regions.reserved], REGION_WEIGHTS)
 
 
-def _head_rows(regions: Sequence[Regions], *, like: Tensor) -> Tensor:
-    """(P,): which of all images' regions (sum R) belong to a head, found without asking the device."""
+def _reserved_rows(regions: Sequence[Regions], *, like: Tensor) -> Tensor:
+    """(P,): which of all images' regions (sum R) may hold an object, found without asking the device."""
     rows = torch.arange(len(like), device=like.device).split([len(region.labels) for region in regions])
-    return torch.cat([part[: region.head] for part, region in zip(rows, regions, strict=True)])
+    return torch.cat([part[: region.reserved] for part, region in zip(rows, regions, strict=True)])
 
 
 def _passes(boxes: Sequence[Tensor], limit: int | None) -> Iterator[list[Tensor]]:

@@ -146,21 +146,21 @@ class ProposalNetwork(nn.Module):
         anchors = torch.cat(predictions.anchors)
         drawn = [self._sample(anchors, target, generator) for target, generator in zip(targets, generators, strict=True)]
         samples, boxes = zip(*drawn, strict=True)
-        sampled, image = _heads_first([one.index for one in samples], samples), _image_numbers(samples, like=anchors)
-        is_object = _heads_first([one.positive for one in samples], samples)
-        is_used = is_object | _heads_first([one.negative for one in samples], samples)
+        sampled, image = _reserved_first([one.index for one in samples], samples), _image_numbers(samples, like=anchors)
+        is_object = _reserved_first([one.positive for one in samples], samples)
+        is_used = is_object | _reserved_first([one.negative for one in samples], samples)
         logits, deltas = self._at(features, predictions, image, sampled)
-        heads = sum(one.head for one in samples)
-        wanted = encode(torch.cat(boxes), anchors[sampled[:heads]])
+        reserved = sum(one.reserved for one in samples)
+        wanted = encode(torch.cat(boxes), anchors[sampled[:reserved]])
         count = shared_count(is_used, across_processes=across_processes)
-        return rpn_losses(logits, is_object, deltas[:heads], wanted, is_used=is_used, count=count)
+        return rpn_losses(logits, is_object, deltas[:reserved], wanted, is_used=is_used, count=count)
 
     def _sample(self, anchors: Tensor, target: Target, generator: torch.Generator | None) -> tuple[Sample, Tensor]:
-        """One image's anchors, and for the positive ones among the head of them the box of each (head, 4)."""
+        """One image's anchors, and the box (reserved, 4) of each that is positive."""
         high, low = self.match_iou
         matches = assign(anchors, target.boxes, target.ignore_boxes, high=high, low=low, allow_low_quality=True)
         sample = balanced_sample(matches, count=self.samples, positive_fraction=self.positive_fraction, generator=generator)
-        return sample, target.boxes_at(matches[sample.index[: sample.head]])
+        return sample, target.boxes_at(matches[sample.index[: sample.reserved]])
 
     def _at(self, features: Mapping[str, Tensor], predictions: Predictions, image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (S,) and deltas (S, 4) of the anchors that (S,) image numbers and (S,) anchor indices name."""
@@ -196,18 +196,18 @@ def patches_at(maps: Sequence[Tensor], image: Tensor, position: Tensor) -> Tenso
     return patches.masked_fill(~inside.flatten(1)[:, :, None], 0).flatten(1)
 
 
-def _heads_first(parts: Sequence[Tensor], samples: Sequence[Sample]) -> Tensor:
-    """`parts`, an (S_i,) for each image's sample, as one (S,): what belongs to the heads of all samples, then the rest."""
-    heads = [one.head for one in samples]
+def _reserved_first(parts: Sequence[Tensor], samples: Sequence[Sample]) -> Tensor:
+    """`parts`, an (S_i,) for each image's sample, as one (S,): the places reserved for positives, of all images, then the rest."""
+    ends = [one.reserved for one in samples]
     return torch.cat(
-        [part[:head] for part, head in zip(parts, heads, strict=True)] + [part[head:] for part, head in zip(parts, heads, strict=True)]
+        [part[:end] for part, end in zip(parts, ends, strict=True)] + [part[end:] for part, end in zip(parts, ends, strict=True)]
     )
 
 
 def _image_numbers(samples: Sequence[Sample], *, like: Tensor) -> Tensor:
-    """The number of each sample's image, (S,) int64 in the order of `_heads_first`."""
+    """The number of each sample's image, (S,) int64 in the order of `_reserved_first`."""
     numbers = [torch.full((len(one.index),), number, device=like.device) for number, one in enumerate(samples)]
-    return _heads_first(numbers, samples)
+    return _reserved_first(numbers, samples)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

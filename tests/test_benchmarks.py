@@ -25,6 +25,8 @@ RUNS = {
     "bench_int8.py --backbone resnet18 --size 64 96 --calibration 2 --engines onednn --rounds 1": r"int8 onednn .* bf16 / int8 [\d.]+",
     "bench_memory.py --size 96 128 --batch 1 --backbone resnet18": r"ours bf16 .* of ours fp32",
     "scaling_anchors.py --networks resnet18 --side 32 --batch 2 --rounds 1 --count 4": r"measured / model",
+    "bench_gpu.py --device cpu --case r50_fpn r101_c4 --size 64 96 --batch 1 --rounds 1 --steps 1": r"r101_c4[^:]*[\s\S]*ours against",
+    "bench_gpu.py --device cpu --case cls --size 64 64 --batch 2 --rounds 1 --steps 1": r"ours against timm bf16: [\d.]+",
     "bench_roi_align.py --case fpn_test --precision fp32 --rounds 1": r"output \d\.\de-0[5-9] abs",
 }
 

@@ -27,7 +27,7 @@ def test_roi_by_hand():
     deltas[0, 8] = 2.0  # class 2, the right one
     deltas[0, 4] = 100.0  # class 1, not asked
     deltas[1] = 100.0  # background has no box
-    terms = roi_losses(logits, torch.tensor([2, 0]), deltas, torch.zeros((1, 4)), heads=torch.tensor([0]), count=torch.tensor(2.0))
+    terms = roi_losses(logits, torch.tensor([2, 0]), deltas, torch.zeros((1, 4)), reserved=torch.tensor([0]), count=torch.tensor(2.0))
     assert terms["roi_class"].item() == pytest.approx(math.log(3))
     assert terms["roi_box"].item() == pytest.approx((2 - 1 / 18) / 2)
 
@@ -53,10 +53,10 @@ def test_places_without_a_sample_take_no_part():
     assert not deltas.grad[1].any()
     assert deltas.grad[0].any()
     class_logits, regressed = torch.randn((3, 3), requires_grad=True), torch.randn((3, 12), requires_grad=True)
-    labels, heads = torch.tensor([2, 0, losses.NO_LABEL]), torch.tensor([0, 1, 2])
+    labels, reserved = torch.tensor([2, 0, losses.NO_LABEL]), torch.tensor([0, 1, 2])
     wanted = torch.tensor([[0.1, 0.2, 0.3, 0.4], [math.nan] * 4, [math.inf] * 4])
-    terms = roi_losses(class_logits, labels, regressed, wanted, heads=heads, count=torch.tensor(2.0))
-    fewer = roi_losses(class_logits[:2], labels[:2], regressed[:2], wanted[:1], heads=heads[:1], count=torch.tensor(2.0))
+    terms = roi_losses(class_logits, labels, regressed, wanted, reserved=reserved, count=torch.tensor(2.0))
+    fewer = roi_losses(class_logits[:2], labels[:2], regressed[:2], wanted[:1], reserved=reserved[:1], count=torch.tensor(2.0))
     for name, term in terms.items():
         torch.testing.assert_close(term, fewer[name])
     sum(terms.values()).backward()
@@ -70,7 +70,7 @@ def test_nothing_sampled_is_zero():
     none = torch.zeros((0,), dtype=torch.int64)
     count = shared_count(none.bool(), across_processes=False)
     terms = rpn_losses(torch.zeros(0), none.bool(), empty, empty, is_used=none.bool(), count=count)
-    terms |= roi_losses(torch.zeros((0, 3)), none, torch.zeros((0, 12)), empty, heads=none, count=count)
+    terms |= roi_losses(torch.zeros((0, 3)), none, torch.zeros((0, 12)), empty, reserved=none, count=count)
     terms |= mask_loss(torch.zeros((0, 3, 28, 28)), none, torch.zeros((0, 28, 28)), count=count)
     assert set(terms) == {"rpn_objectness", "rpn_box", "roi_class", "roi_box", "mask"}
     assert all(value.item() == 0 for value in terms.values())

@@ -57,7 +57,7 @@ def test_losses_equal_torchvision(masked, monkeypatch):
 def test_no_positive_region_gives_zero_gradients():
     head = MaskHead(peers.PlainPooler(14, ("p2",)), 4, num_classes=2, width=4)
     features = {"p2": torch.randn((1, 4, 24, 32), requires_grad=True)}
-    regions = Regions(boxes=peers.random_boxes(3), labels=torch.zeros(3, dtype=torch.int64), matches=torch.full((3,), -1), head=0)
+    regions = Regions(boxes=peers.random_boxes(3), labels=torch.zeros(3, dtype=torch.int64), matches=torch.full((3,), -1), reserved=0)
     none = torch.zeros((0, 4))
     targets = [peers.target(none, masks=torch.zeros((0, *peers.SIZE), dtype=torch.uint8))]
     losses = head.losses(features, [regions], [peers.SIZE], targets=targets)

@@ -68,7 +68,7 @@ def test_sample_counts(positives, negatives, wanted):
     assert (matches[positive] >= 0).all()
     assert (matches[negative] == BELOW).all()
     assert len(torch.cat((positive, negative)).unique()) == sum(wanted)
-    assert not sample.positive[sample.head :].any()
+    assert not sample.positive[sample.reserved :].any()
 
 
 def test_sample_follows_its_generator():

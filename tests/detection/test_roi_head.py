@@ -117,10 +117,10 @@ def test_sampling_follows_the_generator():
 def test_regions_with_an_object_come_first(objects):
     target = peers.target(peers.random_boxes(objects))
     (regions,) = _head(samples=8).sample(_proposals((200,)), [target], [torch.Generator().manual_seed(1)])
-    assert regions.head == int((regions.labels > 0).sum()) <= 2
-    assert (regions.head > 0) == (objects > 0)
-    assert (regions.labels[: regions.head] > 0).all()
-    assert not regions.labels[regions.head :].any()
+    assert regions.reserved == int((regions.labels > 0).sum()) <= 2
+    assert (regions.reserved > 0) == (objects > 0)
+    assert (regions.labels[: regions.reserved] > 0).all()
+    assert not regions.labels[regions.reserved :].any()
 
 
 @pytest.mark.parametrize("counts", [(5, 0, 7), (0, 0, 0), (3, 3, 3), (1, 20, 1)])

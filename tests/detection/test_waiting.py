@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import MultiScaleRoIAlign, RoIAlign, batched_nms, nms
 
-from detection import faster_rcnn, mask_head, matching, pooling, rpn, waiting
+from detection import faster_rcnn, mask_head, matching, pooling, roi_head, rpn, waiting
 from detection import nms as our_nms
 from detection.build import build_detector
 from detection.config import load_detection_config
@@ -45,7 +45,7 @@ ASKING = (matching, rpn, pooling, mask_head, faster_rcnn)
 class Reads(TorchDispatchMode):
     """Counts operators whose result's size or value the host must know."""
 
-    NAMES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::equal")
+    NAMES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal", "torchvision::nms")
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,6 +166,33 @@ def test_proposals_are_those_of_the_cpu(head: str, monkeypatch: pytest.MonkeyPat
             assert not ours[len(theirs) :].any()
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_detections_are_those_of_the_cpu(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is asked for doesn't grow with the number of images; the last one has no detection."""
+    detector, images = detector_of(head).eval(), peers.random_images(4)
+    detector.roi_head.score_threshold, detector.roi_head.detections = 0.18, 12
+    nn.init.normal_(detector.roi_head.cls_score.weight, std=0.05)
+    detector.rpn.test_limits = rpn.Limits(candidates=200, proposals=100)
+    encoded = detector.encode(images)
+    proposals = detector.rpn.propose(encoded.predictions, encoded.sizes, detector.rpn.test_limits)
+    proposals[3] = torch.zeros_like(proposals[3])
+    wanted = detector._detections(encoded, proposals)
+    assert [len(one) for one in wanted[:3]] == [12, 12, 12]
+    assert len(wanted[3]) == 0
+    for module in (*ASKING, roi_head):
+        monkeypatch.setattr(module, "is_asking_free", lambda tensor: False)
+    with Reads() as reads:
+        found = detector._detections(encoded, proposals)
+    assert sorted(reads.seen) == ["aten::nonzero", "aten::nonzero", "torchvision::nms"], "and one list of numbers, which a CPU doesn't show"
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours.labels, theirs.labels)
+        torch.testing.assert_close(ours.scores, theirs.scores)
+        torch.testing.assert_close(ours.boxes, theirs.boxes)
+        assert (ours.masks is None) == (theirs.masks is None) == (not head.startswith("mask"))
+        if ours.masks is not None:
+            torch.testing.assert_close(ours.masks, theirs.masks)
+
+
 @pytest.mark.parametrize(
     ("positives", "negatives", "wanted"),
     [(100, 100, (8, 8)), (3, 100, (3, 13)), (100, 5, (8, 5)), (0, 40, (0, 16)), (0, 4, (0, 4)), (1, 0, (1, 0)), (0, 0, (0, 0))],
@@ -181,7 +208,7 @@ def test_marked_sample_counts(positives: int, negatives: int, wanted: tuple[int,
     assert (matches[negative] == BELOW).all()
     assert len(torch.cat((positive, negative)).unique()) == sum(wanted)
     assert sample.positive.tolist() == sorted(sample.positive.tolist(), reverse=True), "positives come first"
-    assert not sample.positive[sample.head :].any()
+    assert not sample.positive[sample.reserved :].any()
 
 
 def test_marked_sample_is_uniform(marked: None) -> None:
