@@ -1,13 +1,15 @@
 """Training steps on a GPU, by turns in one process: ours, torchvision's loops, and for classification timm's.
 
-    python benchmarks/bench_gpu.py [--case r50_fpn r101_c4 cls] [--batch N] [--rounds 10] [--steps 5] [--compile] [--device cuda]
+    python benchmarks/bench_gpu.py [--case r50_fpn r101_c4 cls] [--batch N] [--rounds 10] [--steps 5] [--compile]
+        [--deterministic] [--device cuda]
 
 Cases: r50_fpn at 800×1333, r101_c4 at 600×1000 (torchvision's parts put together as C4), cls is ResNet-50 at 224×224. Contestants: the peer
-in float32 with TF32, the peer in bf16 autocast with channels_last, ours in bf16 with channels_last; with --compile also ours with
-`train.compile`. A round times `--steps` steps of each, from an idle GPU to an idle GPU; ratios are the peer's time over ours in one round.
-Beside it: the most memory a step of each takes, and the share of the arithmetic limit, which is what a large bf16 matrix product reaches
-in the same process; counted are convolutions and matrix products of forward and backward. What is equal: network, frozen layers, anchors,
-proposals, regions an image, optimiser, images and boxes. How long a training waits for data is in its own log (`train_det.py`: "data").
+in float32 with TF32, the peer in bf16 autocast with channels_last, ours in bf16 with channels_last; with --compile and --deterministic also
+ours with `train.compile` and `train.deterministic`. A round times `--steps` steps of each, from an idle GPU to an idle GPU; ratios are the
+peer's time over ours in one round. Beside it: the most memory a step takes beyond weights and optimiser, and the share of the arithmetic
+limit, which is what a large bf16 matrix product reaches in the same process; counted are convolutions and matrix products of forward and
+backward. What is equal: network, frozen layers, anchors, proposals, regions an image, optimiser, images and boxes. How long a training
+waits for data is in its own log (`train_det.py`: "data").
 
 Without a GPU nothing is measured; `--device cpu --size 64 96` shows that it runs. It has not been run on one yet.
 """
@@ -19,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from bench_train_step import boxes_of, stepper
+from bench_train_step import boxes_of, repeatable, stepper
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
@@ -99,6 +101,7 @@ def c4_of(net: nn.Module, sides: dict[str, int]) -> FasterRCNN:
         body,
         rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
         rpn_pre_nms_top_n_train=12000,
+        box_batch_size_per_image=128,  # ours on C4, where conv5_x runs on each region
         box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
         box_head=nn.Sequential(net.layer4, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         box_predictor=FastRCNNPredictor(2048, CLASSES + 1),
@@ -171,6 +174,8 @@ def report(case: str, options: argparse.Namespace, limit: float) -> None:
     steps |= {"ours": ours(case, backbone, data, compiled=False)}
     if options.compile:
         steps["ours compiled"] = ours(case, backbone, data, compiled=True)
+    if options.deterministic:
+        steps["ours deterministic"] = repeatable(steps["ours"])
     operations = {}
     for name, step in steps.items():
         step()  # asks for memory, chooses algorithms, compiles
@@ -199,7 +204,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--size", type=int, nargs=2, help="height and width, instead of the cases' own")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="also ours with train.compile")
+    parser.add_argument("--deterministic", action="store_true", help="also ours with train.deterministic")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -207,7 +213,7 @@ def main() -> None:
         return
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = True
     where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     limit = limit_of(options.device, SIDE if options.device == "cuda" else 512)
     print(f"{where}, torch {torch.__version__}; the limit is {limit / 1e12:.3g} TFLOP/s; a ratio above 1: ours is faster")

@@ -148,9 +148,9 @@ def _write(
                     continue
                 if records is None or writer is None:
                     records = stack.enter_context(_frames_json(json_path, source))
-                    writer = stack.enter_context(_video(path, picture, frame.frames_per_second))
+                    writer = stack.enter_context(_video(path, _even(picture), frame.frames_per_second))
                 records(record)
-                writer.write(np.ascontiguousarray(picture[..., ::-1]))
+                writer.write(np.ascontiguousarray(_even(picture)[..., ::-1]))
     except InputError as error:
         return error
     return path, count, lack
@@ -183,6 +183,12 @@ def _frames_json(path: Path, source: str) -> Iterator[Callable[[dict[str, Any]],
             raise
         finally:
             file.write("\n ]\n}\n")
+
+
+def _even(picture: np.ndarray) -> np.ndarray:
+    """`picture` (H, W, 3) with a last row or column twice where it is one of an odd number: a video's encoder would leave it out."""
+    height, width = picture.shape[:2]
+    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 or width % 2 else picture
 
 
 @contextlib.contextmanager

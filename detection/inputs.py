@@ -135,7 +135,9 @@ def _video_frames(source: str) -> Generator[Frame, None, None]:
     finally:
         capture.release()
     if index == 0:
-        raise InputError(f"{source} gave no frame: not a video this OpenCV can decode, or no such camera")
+        if is_camera(source):
+            raise InputError(f"camera {source} gave no frame: there is none of this number, or another program has it")
+        raise InputError(f"{source} gave no frame: not a video this OpenCV can decode")
     if announced - index > max(LACKING, LACKING_SHARE * announced):  # never of a camera, or a file that doesn't say
         raise IncompleteVideo(
             f"{source}: {index} of {announced} frames could be read; the file is cut off or damaged, or was trimmed but not rewritten: "

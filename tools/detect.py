@@ -31,6 +31,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.overrides += [f"train.precision={args.precision}"] if args.precision else []
     if not args.inputs:
         parser.error("no INPUT given")
+    if not 0 <= args.threshold <= 1:
+        parser.error(f"--threshold {args.threshold:g}: scores lie between 0 and 1")
     return args
 
 

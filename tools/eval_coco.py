@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         from detection.predict import resolve_configs
         from detection.score import evaluate_weights
 
-        given = [*([f"eval.engine={args.engine}"] if args.engine else []), *args.overrides]
+        given = [*args.overrides, *([f"eval.engine={args.engine}"] if args.engine else [])]
         evaluate_weights(resolve_configs(args.config, args.weights, given), args.weights, show=lambda one: print(format_run(one)), **places)
     else:
         kind, engine = args.iou_type or "bbox", args.engine or "auto"

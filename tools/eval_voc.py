@@ -15,6 +15,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-set", metavar="S", help="VOC2012/test, test, or a text file of image ids (default: every annotation)")
     parser.add_argument("--detections", type=Path, metavar="J", help="rows {image_id, category, score, bbox}; no model, no images")
     parser.add_argument("--iou", type=float, default=0.5, help="with --detections: the threshold of 11-point and area (default: 0.5)")
+    parser.add_argument("--engine", choices=("auto", "pycocotools", "hotcoco"), help="who computes COCO's; the figures are the same")
     parser.add_argument("--output", type=Path, help="folder for eval/metrics.json, report/, and with --weights eval/detections.json")
     parser.add_argument("--report", type=Path, metavar="DIR", help="folder for index.html, which shows the errors (default: OUTPUT/report)")
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="more detections, or a run's folder, beside these in the report")
@@ -42,9 +43,10 @@ def run(args: argparse.Namespace) -> None:
         from detection.predict import resolve_configs
         from detection.score import evaluate_weights
 
-        evaluate_weights(resolve_configs(args.config, args.weights, args.overrides), args.weights, metric="voc", **places)
+        given = [*args.overrides, *([f"eval.engine={args.engine}"] if args.engine else [])]
+        evaluate_weights(resolve_configs(args.config, args.weights, given), args.weights, metric="voc", **places)
     else:
-        evaluate_voc_files(args.devkit, args.image_set, args.detections, iou=args.iou, **places)
+        evaluate_voc_files(args.devkit, args.image_set, args.detections, iou=args.iou, engine=args.engine or "auto", **places)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--largest-batch", action="store_true", help="don't train: measure the largest train.batch_size that fits")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that differ from the file")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.largest_batch and (args.output or args.resume or args.replay):
+        parser.error("--largest-batch only measures: it goes with --config and key.path=value")
+    return args
 
 
 def run(args: argparse.Namespace) -> None:

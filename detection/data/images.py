@@ -1,7 +1,8 @@
 """An image file in, upright RGB uint8 out; and the two resizes that are fast on a CPU.
 
-Every kind of file becomes 8-bit RGB [H, W, 3]: grey is repeated, a palette looked up, CMYK converted, 16 bits rounded to 8, and an alpha
-channel ignored, as PIL's convert("RGB") and OpenCV do (the colours under it are kept, nothing is blended).
+Every kind of file that OpenCV reads as 8 or 16 bits becomes 8-bit RGB [H, W, 3]: grey is repeated, a palette looked up, CMYK converted,
+16 bits rounded to 8, and an alpha channel ignored, as PIL's convert("RGB") and OpenCV do (the colours under it are kept, nothing is
+blended).
 """
 
 from __future__ import annotations

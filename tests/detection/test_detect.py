@@ -186,6 +186,31 @@ def test_any_other_error_ends_all_and_arrives(
     assert [frame["frame"] for frame in content["frames"]] == [0, 1], "and in a JSON, which is how a camera's always ends"
 
 
+def test_a_drawn_video_keeps_its_last_row_and_column(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 63×97 pixels, drawn five times as large: the encoder would make 314×484 of that."""
+
+    def odd(source: str) -> Iterator[Frame]:
+        yield from (Frame(name=source, image=np.full((63, 97, 3), 200, np.uint8), index=index) for index in range(3))
+
+    monkeypatch.setattr("detection.detect.frames_of", odd)
+    _, complaints = detect_all(predictor, ["0"], tmp_path, log=lambda text: None)
+    assert not complaints
+    capture = cv2.VideoCapture(str(tmp_path / "camera0.mp4"))
+    is_read, frame = capture.read()
+    assert is_read
+    assert frame.shape == (316, 486, 3)
+    assert (frame.astype(int)[-2:, -2:] > 180).all(), "repeated, not black"
+    assert json.loads((tmp_path / "camera0.json").read_text())["frames"][0]["width"] == 97
+
+
+@pytest.mark.parametrize("threshold", ["nan", "50", "-0.1"])
+def test_a_threshold_that_no_score_has(capsys: pytest.CaptureFixture[str], threshold: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--weights", "w.safetensors", "a.jpg", f"--threshold={threshold}"])
+    assert caught.value.code == 2
+    assert "scores lie between 0 and 1" in capsys.readouterr().err
+
+
 def test_a_full_disk_ends_all_and_arrives(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detection.detect.frames_of", endless)
     drawing = Failing(predictor, OSError(28, "No space left on device"))

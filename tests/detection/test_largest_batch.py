@@ -182,6 +182,14 @@ def test_a_process_that_the_system_kills_had_too_many() -> None:
     assert try_in_a_process(tiny(), Killed(size=(32, 32), boxes=1, masks=False, classes=1), 1, limit_mb=1e6) is None
 
 
+@pytest.mark.parametrize("more", [["--output", "runs/a"], ["--resume", "auto"]])
+def test_nothing_is_measured_into_a_run(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--config", "c.yaml", "--largest-batch", *more])
+    assert caught.value.code == 2
+    assert "only measures" in capsys.readouterr().err
+
+
 def test_the_tool_prints_a_table_and_leaves_nothing(
     tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

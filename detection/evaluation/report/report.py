@@ -81,6 +81,7 @@ def evaluate_voc_files(
     detections: Path,
     *,
     iou: float = 0.5,
+    engine: Engine = "auto",
     output: Path | None = None,
     report: Path | None = None,
     compare: Path | None = None,
@@ -89,14 +90,14 @@ def evaluate_voc_files(
 ) -> dict[str, float]:
     """`evaluate_voc_file`, and the same left; pictures are those of the devkit that are there."""
     folder, source = report_folder(report, output, compare=compare), annotated_images(devkit, image_set)
-    other = None if compare is None else judge_other(source, compare, iou=iou)
-    figures = voc_figures(source, detections, iou=iou)
+    other = None if compare is None else judge_other(source, compare, iou=iou, engine=engine)
+    figures = voc_figures(source, detections, iou=iou, engine=engine)
     show(figures)
     if output is not None:
         wrote("figures", write_metrics(output, figures))
     if folder is not None:
         name = run_name(detections)
-        wrote("report", report_source(folder, source, detections, name=name, figures=figures, compare=other, iou=iou))
+        wrote("report", report_source(folder, source, detections, name=name, figures=figures, compare=other, iou=iou, engine=engine))
     return figures
 
 

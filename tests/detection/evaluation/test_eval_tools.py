@@ -15,6 +15,7 @@ from resbackbone.errors import InputError
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPOSITORY))
 
+from detection.evaluation import evaluate as evaluate_module  # noqa: E402
 from tools import eval_coco, eval_voc  # noqa: E402  (the folder of a checkout, not an installed package)
 
 
@@ -61,6 +62,18 @@ def test_voc_prints_its_table(voc_files: list[str], tmp_path: Path, capsys: pyte
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["mAP"] == pytest.approx(0.578884, abs=1e-6)
     assert eval_voc.main([*voc_files, "--iou", "0.75"]) == 0
     assert "0.360840   0.353917" in capsys.readouterr().out
+
+
+def test_voc_takes_the_engine_it_is_told(voc_files: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    evaluate = evaluate_module.evaluate_coco
+    monkeypatch.setattr(evaluate_module, "evaluate_coco", lambda *parts, engine: asked.append(engine) or evaluate(*parts, engine=engine))
+    printed = []
+    for engine in ("auto", "pycocotools"):
+        assert eval_voc.main([*voc_files, "--image-set", "test", "--engine", engine]) == 0
+        printed.append(capsys.readouterr().out)
+    assert asked == ["auto", "pycocotools"]
+    assert printed[0] == printed[1]
 
 
 def test_wrong_input_is_one_message_and_exit_1(
