@@ -1,4 +1,5 @@
-"""The detections of all images of a batch at once, for a GPU: it is asked four times, however many images and classes there are.
+"""The detections of all images of a batch at once, for a GPU: it is asked four times, however many images and classes there are (unless
+there are so many candidates that one NMS for all would be too much).
 
 Step by step what RoIHead.candidates and RoIHead.best do for one image; there each image, and in NMS often each class, would be waited for.
 
@@ -11,11 +12,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import batched_nms, nms
 
 from detection.boxes import REGION_WEIGHTS, decode, is_large, moved_apart
 from detection.structures import Detections
 from detection.waiting import constant
+
+# torchvision's operator takes D² / 8 bytes: with 20,000 candidates 50 MB, with a low threshold's 640,000 more than a GPU has.
+AT_ONCE = 20_000
 
 
 def best_of_batch(
@@ -41,9 +45,20 @@ def best_of_batch(
     boxes = torch.minimum(boxes.clamp(min=0), limits[image])
     large = torch.nonzero(is_large(boxes, min_side)).flatten()
     found, image = Detections(boxes=boxes, scores=scores[row, label], labels=label)[large], image[large]
-    apart = moved_apart(found.boxes, image * scores.shape[1] + found.labels)
-    kept = nms(apart, found.scores.to(apart.dtype), nms_iou)
+    kept = _nms(found, image, images=len(sizes), classes=scores.shape[1], iou=nms_iou)
     of_image = image[kept]
     counts = (of_image[:, None] == torch.arange(len(sizes), device=of_image.device)).sum(dim=0).tolist()
     by_image = kept[of_image.argsort(stable=True)].split(counts)
     return [found[part[:most]] for part in by_image]
+
+
+def _nms(found: Detections, image: Tensor, *, images: int, classes: int, iou: float) -> Tensor:
+    """Indices of what stays of all images' candidates; of one image best first. image: (D,), whose each is."""
+    if len(found) <= AT_ONCE:
+        apart = moved_apart(found.boxes, image * classes + found.labels)
+        return nms(apart, found.scores.to(apart.dtype), iou)
+    kept = []
+    for number in range(images):
+        rows = torch.nonzero(image == number).flatten()
+        kept.append(rows[batched_nms(found.boxes[rows], found.scores[rows], found.labels[rows], iou)])
+    return torch.cat(kept)

@@ -29,5 +29,7 @@ class ContextRoIHead(RoIHead):
         """(sum R, 2 · D): each region's features, then its image's."""
         whole = [constant([[0.0, 0.0, width, height]], like=part) for part, (height, width) in zip(boxes, sizes, strict=True)]
         context = super().describe(pool, whole, sizes)
-        of_regions = torch.cat([row.expand(len(part), -1) for row, part in zip(context.split(1), boxes, strict=True)])
+        counts = [len(part) for part in boxes]
+        times = torch.tensor(counts).to(context.device, non_blocking=True)
+        of_regions = context.repeat_interleave(times, dim=0, output_size=sum(counts))
         return torch.cat((super().describe(pool, boxes, sizes), of_regions), dim=1)

@@ -52,7 +52,8 @@ class FasterRCNN(nn.Module):
     def forward(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """The loss terms rpn_objectness, rpn_box, roi_class, roi_box (and mask) of a batch; their sum is what one trains.
 
-        images: RGB (3, h, w), uint8 or float in 0..1, of any sizes. Raises InputError for boxes without area (check_boxes).
+        images: RGB (3, h, w), uint8 or float in 0..1, of any sizes. Raises InputError for boxes without area, unless
+        they are on a GPU already: call `check_boxes` before they go there, or the loss becomes infinite.
         """
         check_boxes(targets)
         encoded = self.encode(images)

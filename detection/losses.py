@@ -28,7 +28,8 @@ def rpn_losses(
     logits: Tensor, is_object: Tensor, deltas: Tensor, target_deltas: Tensor, *, is_used: Tensor, count: Tensor
 ) -> dict[str, Tensor]:
     """Ren et al. 2015, eq. 1. logits: (S,); is_object, is_used: (S,) bool; deltas, target_deltas: (P, 4), of the first P samples."""
-    objectness = F.binary_cross_entropy_with_logits(logits.float(), is_object.float(), weight=is_used.float(), reduction="sum")
+    logits = torch.where(is_used, logits.float(), 0)  # 0 times infinity would be no number
+    objectness = F.binary_cross_entropy_with_logits(logits, is_object.float(), weight=is_used.float(), reduction="sum")
     box = _box_loss(deltas, target_deltas, is_object[: len(deltas)])
     return {"rpn_objectness": objectness / count, "rpn_box": box / count}
 
@@ -40,7 +41,8 @@ def roi_losses(
 
     reserved: (P,) the samples among which those with a label above 0 are; target_deltas: (P, 4), of these.
     """
-    classes = F.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="sum")
+    logits = torch.where((labels != NO_LABEL)[:, None], logits.float(), 0)
+    classes = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
     of_class = deltas.unflatten(1, (-1, 4))[reserved, labels[reserved].clamp(min=0)]
     box = _box_loss(of_class, target_deltas, labels[reserved] > 0)
     return {"roi_class": classes / count, "roi_box": box / count}
@@ -52,12 +54,12 @@ def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor, *, count: Tensor)
     Regions with a label above 0 count; count: how many these are.
     """
     of_class = logits[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)].float()
-    weight, pixels = (labels > 0).float()[:, None, None], targets.shape[-2] * targets.shape[-1]
+    counts, pixels = (labels > 0)[:, None, None], targets.shape[-2] * targets.shape[-1]
+    of_class, weight = torch.where(counts, of_class, 0), counts.float()
     return {"mask": F.binary_cross_entropy_with_logits(of_class, targets, weight=weight, reduction="sum") / (count * pixels)}
 
 
 def _box_loss(deltas: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
-    """deltas, targets: (P, 4); counts: (P,) bool, which of them do: what is asked of the others may be no number."""
-    targets = torch.where(counts[:, None], targets, 0)
-    each = F.smooth_l1_loss(deltas.float(), targets, beta=BETA, reduction="none")
-    return torch.where(counts[:, None], each, 0).sum()
+    """deltas, targets: (P, 4); counts: (P,) bool, which of them do; the others may be no numbers."""
+    deltas, targets = (torch.where(counts[:, None], values, 0) for values in (deltas.float(), targets))
+    return F.smooth_l1_loss(deltas, targets, beta=BETA, reduction="sum")

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align, roi_pool
 
 from detection.bag_align import bag_align
-from detection.waiting import constant, is_asking_free
+from detection.waiting import is_asking_free
 from resbackbone.backbone import FeatureInfo
 from resbackbone.errors import InputError, nearest
 
 CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16  # Lin et al. 2017, FPN, eq. 1: a box of ImageNet's size belongs where ResNet-C4 has it
 OPS = ("align", "pool")
+FAR_AWAY = -1e5  # pixels: left of and above any image
 
 
 class RegionPooler(nn.Module):
@@ -99,29 +99,26 @@ class RegionPooler(nn.Module):
         """rois: (R, 5), the image's number before each box. torchvision's operators, in float32 as under its autocast."""
         if len(maps) == 1:
             return self._pool(maps[0].to(rois.dtype), rois, 1 / self.strides[0]).to(maps[0].dtype)
-        if self.op == "align" and not (self.compiled_op or is_asking_free(rois)):
-            return self._pool(*_on_one_canvas(maps, rois, level, self.strides), 1.0).to(maps[0].dtype)
+        if not (self.compiled_op or is_asking_free(rois)):
+            return self._pool_everywhere(maps, rois, level)
         pooled = rois.new_zeros((rois.shape[0], maps[0].shape[1], self.output_size, self.output_size))
         for number, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.nonzero(level == number).flatten()
             pooled = pooled.index_copy(0, chosen, self._pool(features.to(rois.dtype), rois[chosen], 1 / stride))
         return pooled.to(maps[0].dtype)
 
+    def _pool_everywhere(self, maps: Sequence[Tensor], rois: Tensor, level: Tensor) -> Tensor:
+        """The same without asking how many regions a level has: on the others a region is moved far away, where the operators find nothing.
+
+        They neither read nor write there, so what a region costs on the others is little more than a row of zeros.
+        """
+        pooled = torch.zeros((), dtype=rois.dtype, device=rois.device)
+        for number, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
+            of_level = torch.cat((rois[:, :1], rois[:, 1:].where((level == number)[:, None], FAR_AWAY)), dim=1)
+            pooled = pooled + self._pool(features.to(rois.dtype), of_level, 1 / stride)
+        return pooled.to(maps[0].dtype)
+
     def _pool(self, features: Tensor, rois: Tensor, scale: float) -> Tensor:
         if self.op == "pool":
             return roi_pool(features, rois, self.output_size, scale)
         return roi_align(features, rois, self.output_size, scale, self.sampling_ratio, self.aligned)
-
-
-def _on_one_canvas(maps: Sequence[Tensor], rois: Tensor, level: Tensor, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """All levels below one another on one map (N, C, H, W), and the regions (R, 5) moved to where their level is, in its cells.
-
-    So that one call pools every region, and nobody has to ask how many belong to a level. A level has a rim one cell wide that repeats its
-    border: that is what RoIAlign takes there, and it reads no further for boxes inside the image.
-    """
-    width = max(features.shape[-1] for features in maps) + 2
-    rimmed = [F.pad(features.to(rois.dtype), (1, 1, 1, 1), mode="replicate") for features in maps]
-    canvas = torch.cat([F.pad(features, (0, width - features.shape[-1])) for features in rimmed], dim=2)
-    first_row, stride = accumulate((features.shape[-2] for features in rimmed[:-1]), initial=0), constant(strides, like=rois)[level]
-    shift = constant([(1.0, row + 1.0) for row in first_row], like=rois)[level].repeat(1, 2)
-    return canvas, torch.cat((rois[:, :1], rois[:, 1:] / stride[:, None] + shift), dim=1)

@@ -20,6 +20,15 @@ DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 
+HEADS = {
+    "fpn": ["fpn"],
+    "pyramid of four levels": ["fpn", "model.backbone.name=resnet18", "model.roi.head_width=16"],
+    "c4": ["c4"],
+    "mask": ["fpn", "model.mask=true"],
+    "context": ["c4", "model.test.context=true"],
+}
+
+
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # its 10 bits would hide or make differences
@@ -32,7 +41,8 @@ def images() -> list[Tensor]:
 def targets() -> list[Target]:
     boxes, none = torch.tensor([[8.0, 8.0, 40.0, 40.0]], device=DEVICE), torch.zeros((0, 4), device=DEVICE)
     facts = {"boxes": boxes, "labels": torch.tensor([1], device=DEVICE), "ignore_boxes": none, "original_size": (64, 80)}
-    return [Target(image_id=number, index=number, seed=number, **facts) for number in range(2)]
+    masks = [torch.ones((1, *image.shape[-2:]), dtype=torch.uint8, device=DEVICE) for image in images()]
+    return [Target(image_id=number, index=number, seed=number, masks=masks[number], **facts) for number in range(2)]
 
 
 def step(detector: FasterRCNN, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -64,12 +74,13 @@ def test_a_step_in_bf16_reaches_every_weight(head: str) -> None:
     assert [name for name, grad in learning.items() if grad is None or not grad.isfinite().all()] == []
 
 
-@pytest.mark.parametrize("head", ["fpn", "c4"])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_step_never_waits_for_the_gpu(head: str) -> None:
-    """From the copies of the batch to the optimiser and the moving average; torch refuses whatever would make the host wait."""
-    detector = tiny_detector(head).to(DEVICE, memory_format=torch.channels_last).train()
+    """From the copies of the batch to the optimiser and the moving average; torch refuses what it knows to make the host wait."""
+    detector = tiny_detector(*HEADS[head]).to(DEVICE, memory_format=torch.channels_last).train()
     optimizer, average = torch.optim.SGD(detector.parameters(), lr=0.01, momentum=0.9), build_ema(detector, 0.9)
-    batch = Batch(images=[image.cpu() for image in images()], targets=[target.to("cpu") for target in targets()]).pin_memory()
+    pictures = [(image.cpu() * 255).byte() for image in images()]  # of floats the range is checked, which means asking
+    batch = Batch(images=pictures, targets=[target.to("cpu") for target in targets()]).pin_memory()
     answers = []
 
     def whole_step() -> None:
@@ -93,10 +104,13 @@ def test_a_step_never_waits_for_the_gpu(head: str) -> None:
     assert all(answer() for answer in answers)
 
 
-@pytest.mark.parametrize("head", ["fpn", "c4"])
+@pytest.mark.parametrize("head", HEADS)
 def test_losses_and_gradients_are_those_of_the_cpu(head: str) -> None:
-    """Where every candidate is sampled, so that it doesn't matter how they are drawn; a GPU's tensors have fixed sizes, a CPU's haven't."""
-    here, there = tiny_detector(head).train(), tiny_detector(head).to(DEVICE).train()
+    """Where every candidate is sampled, so that it doesn't matter how they are drawn; a GPU's tensors have fixed sizes, a CPU's haven't.
+
+    Gradients as a whole: single ones of an untrained network hang on the last digit.
+    """
+    here, there = tiny_detector(*HEADS[head]).train(), tiny_detector(*HEADS[head]).to(DEVICE).train()
     for detector in (here, there):
         detector.rpn.samples = detector.roi_head.samples = 10**6
         detector.rpn.positive_fraction = detector.roi_head.positive_fraction = 1.0
@@ -105,10 +119,10 @@ def test_losses_and_gradients_are_those_of_the_cpu(head: str) -> None:
     for losses in (wanted, found):
         torch.stack(list(losses.values())).sum().backward()
     for name, loss in found.items():
-        torch.testing.assert_close(loss.cpu(), wanted[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(loss.cpu(), wanted[name], rtol=1e-3, atol=1e-4)
     for (name, ours), theirs in zip(there.named_parameters(), here.parameters(), strict=True):
         if ours.requires_grad:
-            torch.testing.assert_close(ours.grad.cpu(), theirs.grad, rtol=1e-2, atol=1e-3, msg=name)
+            assert (ours.grad.cpu() - theirs.grad).norm() < 0.05 * theirs.grad.norm() + 1e-4, name
 
 
 @pytest.mark.parametrize("head", ["fpn", "c4"])

@@ -41,8 +41,9 @@ def test_mask_by_hand():
 
 def test_places_without_a_sample_take_no_part():
     """Whatever stands there, even no number at all in what is wanted of it; nor have they gradients."""
-    logits = torch.tensor([0.5, -0.3, 9.0], requires_grad=True)
-    deltas, wanted = torch.rand((2, 4), requires_grad=True), torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.inf, math.nan, 1.0, -math.inf]])
+    logits = torch.tensor([0.5, -0.3, math.inf], requires_grad=True)
+    deltas = torch.cat((torch.rand((1, 4)), torch.full((1, 4), math.nan))).requires_grad_()
+    wanted = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.inf, math.nan, 1.0, -math.inf]])
     is_object, is_used = torch.tensor([True, False, False]), torch.tensor([True, True, False])
     terms = rpn_losses(logits, is_object, deltas, wanted, is_used=is_used, count=torch.tensor(2.0))
     fewer = rpn_losses(logits[:2], is_object[:2], deltas[:1], wanted[:1], is_used=is_used[:2], count=torch.tensor(2.0))
@@ -52,7 +53,8 @@ def test_places_without_a_sample_take_no_part():
     assert logits.grad[2] == 0
     assert not deltas.grad[1].any()
     assert deltas.grad[0].any()
-    class_logits, regressed = torch.randn((3, 3), requires_grad=True), torch.randn((3, 12), requires_grad=True)
+    class_logits = torch.cat((torch.randn((2, 3)), torch.full((1, 3), math.inf))).requires_grad_()
+    regressed = torch.cat((torch.randn((1, 12)), torch.full((2, 12), math.nan))).requires_grad_()
     labels, reserved = torch.tensor([2, 0, losses.NO_LABEL]), torch.tensor([0, 1, 2])
     wanted = torch.tensor([[0.1, 0.2, 0.3, 0.4], [math.nan] * 4, [math.inf] * 4])
     terms = roi_losses(class_logits, labels, regressed, wanted, reserved=reserved, count=torch.tensor(2.0))
@@ -63,6 +65,13 @@ def test_places_without_a_sample_take_no_part():
     assert not class_logits.grad[2].any()
     assert not regressed.grad[1:].any()
     assert regressed.grad[0].any()
+    mask_logits = torch.cat((torch.randn((1, 3, 2, 2)), torch.full((2, 3, 2, 2), math.inf))).requires_grad_()
+    masks = torch.rand((3, 2, 2))
+    term, alone = (mask_loss(*(part[:n] for part in (mask_logits, labels, masks)), count=torch.tensor(1.0))["mask"] for n in (3, 1))
+    torch.testing.assert_close(term, alone)
+    term.backward()
+    assert not mask_logits.grad[1:].any()
+    assert mask_logits.grad[0].any()
 
 
 def test_nothing_sampled_is_zero():
