@@ -15,16 +15,14 @@ from as_if_on_a_gpu import as_if_on_a_gpu
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.ops import MultiScaleRoIAlign, RoIAlign, batched_nms, nms
+from torchvision.ops import MultiScaleRoIAlign, RoIAlign
 
 from detection import batch_detections, faster_rcnn, mask_head, matching, pooling, roi_head, rpn, waiting
-from detection import nms as our_nms
 from detection.build import build_detector
 from detection.config import load_detection_config
 from detection.faster_rcnn import FasterRCNN
 from detection.mask_head import cut_masks
 from detection.matching import BELOW, BETWEEN, balanced_sample, match
-from detection.nms import kept_by_nms
 from detection.pooling import RegionPooler
 from detection.segmentation.build import build_segmenter
 from detection.segmentation.config import load_segmentation_config
@@ -254,47 +252,6 @@ def test_matches_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(matching, "is_asking_free", lambda tensor: False)
         assert torch.equal(match(candidates, truth, high=0.7, low=0.3, allow_low_quality=True, chunk=64), wanted)
         monkeypatch.undo()
-
-
-@pytest.mark.parametrize("block", [1, 7, 64, 512])
-@pytest.mark.parametrize("iou", [0.3, 0.5, 0.7])
-def test_marked_nms_equals_torchvision(iou: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(our_nms, "BLOCK", block)
-    boxes = torch.stack([peers.random_boxes(150, seed=seed, min_side=20) for seed in range(4)])  # crowded: most overlap some
-    alive = torch.rand(boxes.shape[:2], generator=torch.Generator().manual_seed(0)) > 0.1
-    kept = kept_by_nms(boxes, alive, iou)
-    scores = torch.linspace(1, 0, 150)
-    for mine, group, are_there in zip(kept, boxes, alive, strict=True):
-        left = torch.nonzero(are_there).flatten()
-        assert torch.nonzero(mine).flatten().tolist() == left[nms(group[left], scores[left], iou)].tolist()
-
-
-def test_marked_nms_of_many_boxes_equals_torchvision() -> None:
-    boxes = peers.random_boxes(3 * our_nms.BLOCK // 2, seed=3, min_side=10)
-    kept = kept_by_nms(boxes[None], torch.ones((1, len(boxes)), dtype=torch.bool), 0.7)[0]
-    assert torch.nonzero(kept).flatten().tolist() == nms(boxes, torch.linspace(1, 0, len(boxes)), 0.7).tolist()
-    assert 0.05 < kept.float().mean() < 0.95
-
-
-@pytest.mark.parametrize(("length", "is_right"), [(our_nms.ROUNDS, True), (2 * our_nms.ROUNDS, False)])
-def test_marked_nms_is_right_to_chains_of_so_many_boxes(length: int, is_right: bool) -> None:
-    """Each box overlaps only the next by more than the limit, so that every second one stays; the docstring says how far that is right."""
-    left = torch.arange(length) * 2.0
-    boxes = torch.stack((left, torch.zeros(length), left + 10, torch.full((length,), 10.0)), dim=1)
-    kept = kept_by_nms(boxes[None], torch.ones((1, length), dtype=torch.bool), 0.6)[0]
-    wanted = torch.zeros(length, dtype=torch.bool).index_fill(0, nms(boxes, torch.linspace(1, 0, length), 0.6), True)
-    assert wanted.tolist() == [number % 2 == 0 for number in range(length)]
-    assert torch.equal(kept, wanted) == is_right
-    assert torch.equal(kept[: our_nms.ROUNDS], wanted[: our_nms.ROUNDS])
-    assert (kept | ~wanted).all(), "what is wrong within a block is kept, not lost"
-
-
-def test_groups_do_not_meet() -> None:
-    boxes = peers.random_boxes(40, seed=1, min_side=30)
-    groups = torch.arange(40) % 2
-    wanted = batched_nms(boxes, torch.linspace(1, 0, 40), groups, 0.3)
-    kept = kept_by_nms(torch.stack((boxes[::2], boxes[1::2])), torch.ones((2, 20), dtype=torch.bool), 0.3)
-    assert torch.nonzero(kept.t().flatten()).flatten().tolist() == wanted.sort().values.tolist()
 
 
 @pytest.mark.parametrize("aligned", [False, True])
