@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import batched_nms, nms
 
 from detection import nms as module
@@ -52,9 +55,25 @@ def test_groups_do_not_meet() -> None:
     assert torch.nonzero(kept.t().flatten()).flatten().tolist() == wanted.sort().values.tolist()
 
 
-def test_autocast_changes_nothing() -> None:
+class Dtypes(TorchDispatchMode):
+    """Those of every result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        self.seen |= {one.dtype for one in (result if isinstance(result, tuple | list) else [result]) if isinstance(one, torch.Tensor)}
+        return result
+
+
+def test_autocast_casts_nothing() -> None:
+    """It would cast every matrix in every round, for the same result."""
     boxes = peers.random_boxes(200, seed=4, min_side=20)[None]
     alive = torch.ones(boxes.shape[:2], dtype=torch.bool)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), Dtypes() as dtypes:
         kept = kept_by_nms(boxes, alive, 0.5)
     assert torch.equal(kept, kept_by_nms(boxes, alive, 0.5))
+    assert torch.half in dtypes.seen
+    assert torch.bfloat16 not in dtypes.seen
